@@ -153,7 +153,7 @@ class Plan:
         return run_stages(self.solving, problem)
 
     def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False, activation: ActivationType | None = None) -> Plan:
-        """Derive the plan for weights with one scale per output channel: MagR, the quantizer and the bias correction.
+        """Derive the plan for weights with one scale per output channel: error feedback, MagR, the quantizer and the bias correction.
 
         Args:
             stage: The stage of the operators, which has the grid.
@@ -171,13 +171,17 @@ class Plan:
         unset: dict[str, Any] = {} if activation else dict.fromkeys(demand)
         unset |= {"block_size": None, "bias": None, "activation": activation}
         quantize = replace(quantize, bits=stage.bits, symmetric=stage.symmetric, alpha=stage.alpha if chooses else None, **unset)
-        return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
+        feedback = ErrorFeedback() if stage.feedback else None
+        return Plan(error_feedback=feedback, magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
         """Solve groups of a convolution, or directions of a recurrent operator, in a batch if many and small, else one by one."""
         plan = self.resolved
         if plan.quantize is not None and plan.quantize.takes_groups(len(problems), len(problems[0].weight)):
-            solution = plan.quantize.solve_groups(problems)
+            begun = [LayerSolution.unsolved(problem) for problem in problems]
+            if plan.error_feedback is not None:
+                begun = [plan.error_feedback.solve(problem, solution) for problem, solution in zip(problems, begun, strict=True)]
+            solution = plan.quantize.solve_groups(problems, [solution.target for solution in begun])
             return compensate_groups(problems, solution) if problems[0].centred(plan.bias_policy) else solution
         return join_groups(problems, [plan.solve(problem) for problem in problems], problems[0].centred(plan.bias_policy))
 

@@ -62,7 +62,7 @@ class Options(TypedDict, total=False):
         help="Rows that share a scale: a multiple of 16, or 'channel'.", expected="a multiple of 16",
         default_text=_by_format(lambda form: form.block_size or "channel"), none_word="channel", panel=WEIGHTS, metavar="N")]
     effort: Annotated[Effort | None, OptionSpec(
-        help="fast: one pass over the data; balanced: staged, options chosen per layer, 2 to 2.5 times as long; best: gradients too, "
+        help="fast: layers in one pass; balanced: staged, options chosen per layer, 2 to 2.5 times as long; best: gradients too, "
         "4 to 6 times as long.", default_text=_by_format(lambda form: form.effort) + "; fast without data", panel=WEIGHTS, metavar="NAME",
         flags=("--effort", "-e"), whole_run="error feedback and gradients belong to the whole run; give the layer a quantizer",
         displaces=("quantizer",))]
@@ -119,8 +119,8 @@ class Options(TypedDict, total=False):
         default=False, panel=INTEGERS, whole_run="layers share values")]
     feedback: Annotated[bool | None, OptionSpec(
         help="Quantize in stages, each layer towards the float output from its quantized inputs.",
-        default_text="as the effort says; no where a quantizer is named", panel=FINE, flags=("--feedback/--no-feedback",),
-        whole_run="stages are those of the whole model")]
+        default_text="for convolutions yes, for layers as the effort says; no where a quantizer is named", panel=FINE,
+        flags=("--feedback/--no-feedback",), whole_run="stages are those of the whole model")]
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
     rotate: Annotated[Literal["none", "on", "auto"], OptionSpec(

@@ -174,11 +174,12 @@ def _embeddings(options: Options) -> passes.Embeddings | None:
 
 def convolutions(options: Options) -> passes.Convolutions:
     """Make the pass that quantizes convolutions."""
-    bits, symmetric = options.get("conv_bits"), options.get("symmetric")
+    bits, symmetric, feedback = options.get("conv_bits"), options.get("symmetric"), options.get("feedback")
     form = FORMATS.get(options.get("format", ""))
     return passes.Convolutions(
         CONV_BITS if bits is None else bits,
         True if symmetric is None else symmetric,
         options.get("alpha"),
         options.get("conv_form", "fold" if form is None else form.conv_form),
+        options.get("quantizer") is None if feedback is None else feedback,
     )

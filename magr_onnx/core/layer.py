@@ -143,8 +143,14 @@ def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float
     before are in it; else ``problem.input_noise``, of a quantized input.
     """
     variance = problem.output_variance
+    noise = problem.input_noise * variance if problem.target_moments is None else 0.0
+    return ratio(output_error(weight, problem, centred) + noise, variance)
+
+
+def output_error(weight: Array, problem: LayerProblem, centred: bool) -> float:
+    """Return the mean squared error of the output with ``weight (K, N)``, summed over channels; without that of a quantized input alone."""
     if problem.target_moments is not None:
-        return ratio(error_feedback.squared_error(weight, problem.stats, problem.target_moments, centred), variance)
+        return error_feedback.squared_error(weight, problem.stats, problem.target_moments, centred)
     squared = 0.0
     for c in column_parts(*weight.shape):
         difference = weight[:, c] - problem.weight[:, c]
@@ -152,7 +158,13 @@ def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float
             squared += float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))
         else:
             squared += layer_error(difference, problem.stats.objective_gram(centred))
-    return ratio(squared + problem.input_noise * variance, variance)
+    return squared
+
+
+def groups_error(problems: Sequence[LayerProblem], weights: Sequence[Array], centred: bool) -> float:
+    """Return the `relative_error` of the groups of a convolution together, with weights ``(K, N)`` each."""
+    squared = sum(output_error(weight, problem, centred) for problem, weight in zip(problems, weights, strict=True))
+    return ratio(squared, sum(problem.output_variance for problem in problems))
 
 
 def output_variance(weight: Array, stats: LayerStats, moments: TargetMoments | None = None) -> float:
@@ -184,11 +196,10 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
     quantized = QuantizedWeight.side_by_side([s.quantized for s in solutions if s.quantized is not None])
     weight, target = (np.hstack([getattr(s, name) for s in solutions]) for name in ("weight", "target"))
     biases = [s.bias for s in solutions if s.bias is not None]
-    error = sum(layer_error(s.weight - p.weight, p.stats.objective_gram(centred)) for p, s in zip(problems, solutions, strict=True))
-    variance = sum(output_variance(p.weight, p.stats) for p in problems)
+    error = groups_error(problems, [s.weight for s in solutions], centred)
     records = [s.record for s in solutions]
     alone = records[0] if len(records) == 1 else LayerRecord(weights=sketch(np.hstack([p.weight for p in problems]), None, quantized))
     objectives, notes = sum_traces(*[r.errors for r in records]), dict.fromkeys(note for r in records for note in r.notes)
-    record = LayerRecord(records[0].rows, ratio(error, variance), alone.magr, bias_compensated=bool(biases), weights=alone.weights)
-    record = replace(record, errors=tuple(objectives), notes=tuple(notes))
+    record = LayerRecord(records[0].rows, error, alone.magr, bias_compensated=bool(biases), weights=alone.weights)
+    record = replace(record, feedback=alone.feedback, errors=tuple(objectives), notes=tuple(notes))
     return LayerSolution(weight, np.concatenate(biases) if biases else None, target, (), quantized, None, True, record)

@@ -186,6 +186,38 @@ class OutputAccumulator:
         return TargetMoments(self._cross / n, self._total / n, self._power / n, whole_rows(self._rows))
 
 
+class GroupSums:
+    """Sums over patches ``P_q (G, K, n)`` of a convolution's groups, in the model being quantized, and its target output ``Y (G, N, n)``.
+
+    Attributes:
+        rows: Number of patches of a group, weighted.
+    """
+
+    def __init__(self, groups: int, k: int, n: int) -> None:
+        """Start with no patches, for ``groups`` of ``k`` inputs and ``n`` output channels each."""
+        self._gram, self._total, self._cross = np.zeros((groups, k, k)), np.zeros((groups, k)), np.zeros((groups, k, n))
+        self._target, self._power = np.zeros((groups, n)), np.zeros((groups, n))
+        self.rows = 0.0
+
+    def add(self, patches: Array, outputs: Array, weight: float = 1.0) -> None:
+        """Add patches ``(G, K, n)`` float32 and the outputs ``(G, N, n)`` float32 that they should give, without a bias."""
+        self._gram += weighted(patches @ patches.transpose(0, 2, 1), weight)
+        self._cross += weighted(patches @ outputs.transpose(0, 2, 1), weight)
+        self._total += weighted(patches.sum(axis=2, dtype=np.float64), weight)
+        self._target += weighted(outputs.sum(axis=2, dtype=np.float64), weight)
+        self._power += weighted(np.einsum("gnr,gnr->gn", outputs, outputs, dtype=np.float64), weight)
+        self.rows += patches.shape[2] * weight
+
+    def means(self) -> list[tuple[LayerStats, TargetMoments]]:
+        """Return the means over rows, a group each."""
+        n, rows, kind = self.rows or 1.0, whole_rows(self.rows), gram_type(self._gram.shape[1])
+        sums = zip(self._gram, self._total, self._cross, self._target, self._power, strict=True)
+        return [
+            (LayerStats((gram / n).astype(kind, copy=False), total / n, rows), TargetMoments(cross / n, target / n, power / n, rows))
+            for gram, total, cross, target, power in sums
+        ]
+
+
 def _add_product(total: Array, a: Array, b: Array, weight: float) -> None:
     """Add ``weight a^T b`` for ``a (n, K)``, ``b (n, N)`` to ``total (K, N)``: strip by strip, so that no second one is as large.
 

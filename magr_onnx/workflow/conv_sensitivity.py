@@ -24,7 +24,7 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.loss import Reference, Run
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.runtime.ort.session import Batch, Session
-from magr_onnx.workflow import non_linear
+from magr_onnx.workflow import conv_statistics, non_linear
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.conv_choices import ConvChoices
 from magr_onnx.workflow.request import OptimizeRequest
@@ -68,7 +68,7 @@ def measure(model: ir.Model, layers: Sequence[ConvLayer], plan: Plan, split: Spl
     unmeasured = conv_patches.unmeasured(model, ordered, split.rest, context.provider, conv_patches.PATCH_LIMIT)
     with Session(copy, context.provider) as session:
         reference = Reference(session, _some(split.effects), context.mask)
-        for readers, stats in non_linear.patch_moments(model, ordered, split.rest, context, unmeasured):
+        for readers, stats in conv_statistics.patch_moments(model, ordered, split.rest, context, unmeasured):
             names = [layer.name for layer in readers]
             items.append(names)
             for bits in widths:

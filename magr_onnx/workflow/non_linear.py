@@ -7,7 +7,7 @@ problem like that of any linear layer; convolutions that share a weight are solv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -17,8 +17,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.moments import pooled
-from magr_onnx.core.types import LayerStats
-from magr_onnx.errors import ModelError, RuntimeFailure
+from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit import conv as conv_emitter
 from magr_onnx.passes.emit import embedding as table_emitter
@@ -32,10 +31,9 @@ from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import ConvReason, TableReason
 from magr_onnx.runtime.calibration import conv_patches
-from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import integer_convolutions, recurrent
+from magr_onnx.workflow import conv_statistics, integer_convolutions, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 from magr_onnx.workflow.goal import Goal
@@ -185,9 +183,11 @@ def convert_convolutions(
     unmeasured: dict[str, str] = {}
     if data is not None:
         unmeasured |= conv_patches.unmeasured(source, ordered, data, context.provider, patch_limit)
-    for readers, stats in patch_moments(source, ordered, data, context, unmeasured):
+    models = conv_statistics.ConvModels(model, work, source, {*rounded})
+    for readers, stats, targets in conv_statistics.gather(models, ordered, data, stage.feedback, context, unmeasured):
         multiplied = any(layer.name in grids for layer in readers)
-        solutions = integer_convolutions.with_room_for_biases(readers, solve_weight(readers, stats, plan, multiplied), grids)
+        solved = solve_weight(readers, stats, plan, multiplied, targets)
+        solutions = integer_convolutions.with_room_for_biases(readers, solved, grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
         form, stays_float = form_of(readers, stage, rounding, multiplied, integer)
@@ -221,32 +221,17 @@ def form_of(
     return form, integer and form != "integer"
 
 
-def patch_moments(
-    model: ir.Model, layers: Sequence[ConvLayer], data: Batches | None, context: RunContext, unmeasured: dict[str, str]
-) -> Iterator[tuple[list[ConvLayer], list[list[LayerStats] | None]]]:
-    """Convolutions of one weight with their statistics, or None; ``unmeasured`` gets the reason of those that have none."""
-    units = iter(by_weight(layers))
-    readers = next(units, None)
-    gathered: dict[str, list[LayerStats] | None] = {}
-    hold_out = HoldOut.of(None if data is None else data.samples)
-    for group in conv_patches.grouped(layers, context.memory.gram_budget, hold_out):
-        measured = [layer for layer in group if layer.name not in unmeasured]
-        stats: dict[str, list[LayerStats]] = {}
-        if data is not None and measured:
-            try:
-                stats = conv_patches.collect(model, measured, data, provider=context.provider)
-            except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy with patches
-                unmeasured |= dict.fromkeys((layer.name for layer in measured), conv_patches.cannot_gather(error))
-        gathered |= {layer.name: stats.get(layer.name) for layer in group}
-        while readers is not None and all(layer.name in gathered for layer in readers):
-            yield readers, [gathered.pop(layer.name) for layer in readers]
-            readers = next(units, None)
-
-
-def solve_weight(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None], plan: Plan, integers: bool) -> list[LayerSolution]:
+def solve_weight(
+    readers: Sequence[ConvLayer],
+    stats: Sequence[list[LayerStats] | None],
+    plan: Plan,
+    integers: bool,
+    targets: Sequence[TargetMoments] = (),
+) -> list[LayerSolution]:
     """One weight for all convolutions that read it, under the moments of all their patches; for each the bias that its own mean needs.
 
-    Where some of them multiply ``integers``, its codes fit the accumulator of the plan.
+    Where some of them multiply ``integers``, its codes fit the accumulator of the plan. A single convolution may have ``targets``, what its
+    groups should put out.
     """
     first, policy = readers[0], plan.bias_policy
     takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
@@ -255,7 +240,7 @@ def solve_weight(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] 
     activation = plan.activations.type if plan.activations is not None and integers else None
     conv_plan, measured = plan.for_channels(plan.convolutions, absorbs, activation), [groups for groups in stats if groups]
     if len(readers) == 1 or not measured:
-        return [conv_plan.solve_groups(problems_of(first, measured[0] if measured else []))] * len(readers)
+        return [conv_plan.solve_groups(problems_of(first, measured[0] if measured else [], targets))] * len(readers)
     matrices = first.read()
     powers = [sum(layer_error(w, s.gram) for w, s in zip(matrices, groups, strict=True)) for groups in measured]
     groups = [pooled([(s, absorbs) for s in of_group], powers) for of_group in zip(*measured, strict=True)]

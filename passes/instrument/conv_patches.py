@@ -82,6 +82,23 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer], few: Collection[str
     return copy.finish()
 
 
+def pair_taps(layer: ConvLayer) -> ir.Model:
+    """Make a model that reads the input of a convolution twice, from two models.
+
+    It puts out the patches of the second one ``(n, C taps, ...)`` and the convolution of the first one ``(n, M, ...)``, without a bias.
+    """
+    rank = 2 + len(layer.kernel)
+    first, second = (ir.val(name, layer.dtype, [None] * rank) for name in ("first", "second"))
+    weight = ir.val("weight", const_value=layer.weight.tensor())
+    node = ir.node(layer.op, [first, weight], dict(layer.node.attributes), outputs=[ir.val("product", layer.dtype)], name="convolution")
+    graph = ir.Graph([first, second], node.outputs, nodes=[node], initializers=[weight], opset_imports=dict(layer.root.opset_imports))
+    copy = Extension(ir.Model(graph, ir_version=10))
+    real = copy.add("Cast", [copy.values["second"]], "real", to=ir.DataType.FLOAT)
+    for name, value in (("patches", _gathered(copy, layer, real, "gathered")), ("target", copy.values["product"])):
+        copy.output(copy.add("Cast", [value], name, to=ir.DataType.FLOAT), shape=[None] * rank)
+    return copy.finish()
+
+
 def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     """Build the body for one sample ``(C, ...)``, which adds its patches to the running sums."""
     g, k = layer.group, layer.k

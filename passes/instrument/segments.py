@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +18,18 @@ import onnx_ir as ir
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.nodes import layer_name, only_use
 from magr_onnx.passes.graph.subgraphs import bodies_of
-from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.passes.layers.weighted import sharing
+from magr_onnx.passes.layers.weighted import Product, sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}
+_ROUNDING = ("Identity", "QuantizeLinear", "DequantizeLinear")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
+
+P = TypeVar("P", bound=Product)
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
+class Segments(Generic[P]):
     """Stages of layers and the values between them.
 
     Attributes:
@@ -34,11 +37,11 @@ class Segments:
         live: For every segment, the names of the values that later segments read, including the inputs of the stage.
     """
 
-    stages: tuple[tuple[LinearLayer, ...], ...]
+    stages: tuple[tuple[P, ...], ...]
     live: tuple[tuple[str, ...], ...]
 
 
-def segments_of(model: ir.Model, layers: Sequence[LinearLayer]) -> Segments:
+def segments_of(model: ir.Model, layers: Sequence[P]) -> Segments[P]:
     """Assign ``layers`` to stages; layers of one stage may be quantized in any order."""
     layer_nodes = {id(layer.node) for layer in layers}
     level: dict[str, int] = dict.fromkeys(fed_inputs(model), 0)
@@ -76,13 +79,13 @@ def depths(model: ir.Model, names: Collection[str]) -> dict[str, int]:
     return depths
 
 
-def outside_stages(layers: Sequence[LinearLayer]) -> list[LinearLayer]:
+def outside_stages(layers: Sequence[P]) -> list[P]:
     """Return the layers that belong to no single stage: those in subgraphs, and those that share their weight."""
     shared = sharing(layers)
     return [layer for layer in layers if layer.nested or layer.name in shared]
 
 
-def outputs_of(model: ir.Model, layers: Sequence[LinearLayer]) -> set[str]:
+def outputs_of(model: ir.Model, layers: Sequence[Product]) -> set[str]:
     """Return the output names of the main graph's nodes that are, or contain, one of ``layers``."""
     layer_nodes = {id(layer.node) for layer in layers}
     outputs: set[str] = set()
@@ -106,7 +109,7 @@ def downstream(model: ir.Model, values: Collection[str]) -> set[str]:
     return dependent
 
 
-def non_tensors(model: ir.Model, steps: Segments) -> list[str]:
+def non_tensors(model: ir.Model, steps: Segments[P]) -> list[str]:
     """Return the names of values between stages that are sequences or optionals, which cannot be cached."""
     containers: set[str] = set()
     for node in model.graph:
@@ -115,16 +118,20 @@ def non_tensors(model: ir.Model, steps: Segments) -> list[str]:
     return sorted({name for live in steps.live for name in live if name in containers})
 
 
-def residual_operand(layer: LinearLayer) -> str | None:
-    """Return the name of the value added to the layer's output (usually a residual), if that is the output's only use.
+def residual_operand(layer: Product) -> str | None:
+    """Return the name of the value added to the layer's output (usually a residual), if that is the output's only use but for rounding.
 
     It is added by an Add, or by a normalization of onnxruntime that adds its first two inputs.
     """
-    node, index = only_use(layer.output)
+    value = layer.output
+    node, index = only_use(value)
+    while node is not None and node.domain == "" and node.op_type in _ROUNDING and index == 0:
+        value = node.outputs[0]
+        node, index = only_use(value)
     if node is None or (node.domain, node.op_type) not in _SUMS or index > 1:
         return None
     operand = node.inputs[1 - index]
-    return None if operand is None or operand.name is None or operand is layer.output else str(operand.name)
+    return None if operand is None or operand.name is None or operand is value else str(operand.name)
 
 
 def reads(node: ir.Node) -> Iterator[str]:

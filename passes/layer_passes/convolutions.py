@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
-from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
+from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec, check_weight
 from magr_onnx.passes.base import ModelPass, negative_or_infinite
 from magr_onnx.passes.emit.channel_codes import opset_of
 from magr_onnx.passes.emit.conv import emit
@@ -32,6 +32,7 @@ class Convolutions(ModelPass):
         symmetric: Fix the zero point in the middle.
         alpha: Strength of MagR, relative to the layer; none for what is usual for the bits (with method auto: chosen).
         form: ``fold`` or ``dequantize``: how codes become floats; ``integer``: not at all. See `magr_onnx.passes.emit.conv`.
+        feedback: Solve each convolution towards its float output, from what the quantized ones before it give.
     """
 
     name: ClassVar[str] = "convolutions"
@@ -42,6 +43,7 @@ class Convolutions(ModelPass):
     symmetric: bool = True
     alpha: float | None = None
     form: Form = "fold"
+    feedback: bool = False
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         problems = []
@@ -76,7 +78,7 @@ class Convolutions(ModelPass):
         return modified or bool(layers)
 
 
-def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = ()) -> list[LayerProblem]:
+def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = (), targets: Sequence[TargetMoments] = ()) -> list[LayerProblem]:
     """Read a convolution as a problem for every group of its channels.
 
     They have no bias: what a bias correction adds to none is added to the bias of every convolution that shares the weight.
@@ -84,6 +86,7 @@ def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = ()) -> list[Laye
     Args:
         layer: The convolution.
         stats: Second moments of the patches, a group each; none for data-free problems.
+        targets: Moments of what each group should put out, where the layers before are quantized; else none.
 
     Raises:
         NonFiniteError: The weight holds NaN or infinity.
@@ -91,5 +94,9 @@ def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = ()) -> list[Laye
     matrices, kind = layer.read(), float_type(layer.dtype)
     check_weight(f"weight of {layer.name}", matrices)
     moments = stats or [LayerStats.data_free(layer.k, taps=layer.taps)] * len(matrices)
+    wanted: Sequence[TargetMoments | None] = targets or [None] * len(matrices)
     depthwise = layer.k == layer.taps and layer.n == 1
-    return [LayerProblem(matrix, None, s, kind, taps=layer.taps, depthwise=depthwise) for matrix, s in zip(matrices, moments, strict=True)]
+    return [
+        LayerProblem(matrix, None, s, kind, target_moments=target, taps=layer.taps, depthwise=depthwise)
+        for matrix, s, target in zip(matrices, moments, wanted, strict=True)
+    ]

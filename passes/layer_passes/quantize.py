@@ -12,7 +12,7 @@ import numpy as np
 
 from magr_onnx.core.gram import dense
 from magr_onnx.core.histograms import sketch, tile_headroom
-from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, output_variance, ratio, relative_error
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, groups_error, relative_error
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
@@ -27,7 +27,7 @@ from magr_onnx.core.quantizers import (
     quantizers_with,
     rtn,
 )
-from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
+from magr_onnx.core.types import BITS, Array, QuantizedWeight, ScaleType, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError, choose_one
 from magr_onnx.passes.base import LayerPass, negative_or_infinite
 from magr_onnx.passes.layer_passes import magr
@@ -247,23 +247,20 @@ class Quantize(LayerPass):
         small = count >= batched.FEWEST_GROUPS and rows <= batched.MOST_ROWS
         return small and self.quantizer.batched is not None and self.beta is None
 
-    def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
-        """Solve the groups of a convolution together; the channels of all groups are side by side."""
-        matrices = np.stack([p.weight for p in problems])
+    def solve_groups(self, problems: Sequence[LayerProblem], targets: Sequence[Array]) -> LayerSolution:
+        """Solve the groups of a convolution together, each towards a weight ``(K, N)``; the channels of all groups are side by side."""
+        matrices = np.stack(targets)
         k = matrices.shape[1]
         centred, stats = problems[0].centred(self.bias), problems[0].stats
-        objective = np.stack([dense(p.stats.objective_gram(centred)) for p in problems])
         damping = automatic_damping(k, stats.rows) if self.damping is None else self.damping
         # nearest codes are the best where inputs are uncorrelated
         used = np.stack([dense(p.stats.regularized(centred)) for p in problems])
         used = used * np.eye(k) if self.quantizer.batched == "diagonal" else used
         result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps, self.budget_of(problems[0]))
-        difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
-        error = float(np.einsum("gkn,gkn->", objective @ difference, difference))
-        variance = sum(output_variance(p.weight, p.stats) for p in problems)
+        error = groups_error(problems, [w.dequantize() for w in result.weights], centred)
         quantized, target = QuantizedWeight.side_by_side(result.weights), np.hstack(list(matrices))
         weights = sketch(target, None, quantized)
-        record = LayerRecord(stats.rows, ratio(error, variance), weights=weights)
+        record = LayerRecord(stats.rows, error, weights=weights)
         return LayerSolution(quantized.dequantize(), None, target, (), quantized, None, True, record)
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:

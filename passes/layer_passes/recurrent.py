@@ -43,6 +43,7 @@ class Recurrent(ModelPass):
     bits: ClassVar[int] = 8
     symmetric: ClassVar[bool] = True
     alpha: ClassVar[float | None] = None
+    feedback: ClassVar[bool] = False
 
     form: RecurrentForm = "dynamic-quantize-lstm"
 

@@ -92,7 +92,7 @@ def collect(
     """
     hold_out = HoldOut.of(data.samples)
     tapped = {geometry(layer): layer for layer in reversed(layers)}
-    of_few = _few_patches(model, list(tapped.values()), data, provider)
+    of_few = few_patches(model, list(tapped.values()), data, provider)
     whole: dict[tuple[object, ...], Parts[MomentAccumulator]] = {}
     by_rows: dict[tuple[object, ...], list[Parts[MomentAccumulator]]] = {}  # of every group
     for key, layer in tapped.items():
@@ -120,7 +120,7 @@ def collect(
     return {layer.name: stats[geometry(layer)] for layer in layers}
 
 
-def _few_patches(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> set[str]:
+def few_patches(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> set[str]:
     """Select the layers of so few patches that their Gram matrices are kept by these, by the patches that they have in the first batch."""
     wide = [layer for layer in layers if few(1, layer.k) and not layer.path]
     shapes = _extents(model, wide, data, provider) if wide else []

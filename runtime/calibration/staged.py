@@ -27,8 +27,9 @@ from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_s
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.graph.kv_cache import current_mask
-from magr_onnx.passes.instrument.segments import cut, downstream, fed_inputs, residual_operand, segments_of
+from magr_onnx.passes.instrument.segments import P, Segments, cut, downstream, fed_inputs, residual_operand, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.weighted import Product
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
@@ -89,10 +90,9 @@ def staged(
         context = replace(context, hold_out=HoldOut.of(context.data.samples))
     steps = segments_of(quantized, layers if schedule.cuts is None else schedule.cuts)
     calibrated = {id(layer.node): layer for layer in layers}
-    float_names = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
-    lives = [[n for n in live if n in float_names] for live in steps.live]  # weights dequantized in ``quantized`` are recomputed
+    lives = lives_of(original, steps)
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
-        values = _Values(original, quantized, context, floats, quants, downstream(quantized, schedule.changed))
+        values = Values(original, quantized, context, floats, quants, downstream(quantized, schedule.changed))
         report = progress or (lambda done, total: None)
         report(0, len(steps.stages))
         for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
@@ -108,7 +108,13 @@ def staged(
             values.keep(live)
 
 
-class _Values:
+def lives_of(original: ir.Model, steps: Segments[P]) -> list[list[str]]:
+    """Return the values that later segments read, as far as the float model has them: weights dequantized in the other are recomputed."""
+    names = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
+    return [[n for n in live if n in names] for live in steps.live]
+
+
+class Values:
     """Live values of both models for all batches.
 
     Attributes:
@@ -191,16 +197,20 @@ class _Values:
         arrays = [self.floats.get(name, b) for b in self._mask.positions]
         return self._mask.follows([a.shape for a in (*arrays, *([] if self._probe is None else [self._probe[name]]))])
 
-    def residual(self, layer: LinearLayer, name: str) -> str | None:
-        """Name the residual added to the output of a layer that reads ``name``, if it is live, differs between the models, and has the
-        same rows."""
+    def summand(self, layer: Product) -> str | None:
+        """Name what is added to the output of a layer, if it is live and differs between the models."""
         residual = residual_operand(layer)
-        if residual is None or residual not in self.live or residual in self.shared:
+        return None if residual is None or residual not in self.live or residual in self.shared else residual
+
+    def residual(self, layer: LinearLayer, name: str) -> str | None:
+        """Name the `summand` of a layer that reads ``name``, if it has the same rows."""
+        residual = self.summand(layer)
+        if residual is None:
             return None
         return residual if self.floats.get(residual, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None
 
 
-def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, schedule: Schedule) -> CalibrationResult:
+def _gather(stage: Sequence[LinearLayer], values: Values, context: CalibrationContext, schedule: Schedule) -> CalibrationResult:
     """Measure the inputs of a stage and, with feedback, the target moments of its layers."""
     stats: dict[str, LayerStats] = {}
     targets: dict[str, TargetMoments] = {}
@@ -223,7 +233,7 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
 
 
 def _measure(
-    name: str, first: LinearLayer, values: _Values, context: CalibrationContext, aimed: Sequence[LinearLayer]
+    name: str, first: LinearLayer, values: Values, context: CalibrationContext, aimed: Sequence[LinearLayer]
 ) -> tuple[LayerStats | None, bool, dict[str, TargetMoments]]:
     """Measure one value: its moments, whether the mask was applied in all batches, and the target moments of layers that read it.
 
@@ -273,7 +283,7 @@ def _measure(
     return split_stats(inputs.sums, inputs.folds, activation), masked, targets
 
 
-def _residual_error(values: _Values, residual: str, batch: int, kept: npt.NDArray[np.bool_] | None) -> Tensor:
+def _residual_error(values: Values, residual: str, batch: int, kept: npt.NDArray[np.bool_] | None) -> Tensor:
     """Return what ``residual`` differs by between the models ``(n, N)``."""
     r, r_hat = values.pair(residual, batch)
     return _rows(r - r_hat, kept)

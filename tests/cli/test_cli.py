@@ -287,7 +287,7 @@ def test_convolutions_and_tables_have_options(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert {row["op"]: row["bits"] for row in report["layers"]} == {"Gather": 8, "Conv": 4, "MatMul": 4}
-    assert report["pipeline"].endswith("convolutions{bits=4,form=dequantize},embeddings{form=dequantize}")
+    assert report["pipeline"].endswith("convolutions{bits=4,form=dequantize,feedback=true},embeddings{form=dequantize}")
     result = run("optimize", "m.onnx", "--conv-bits", "none", "--quiet", "--report", "r.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert {row["op"] for row in json.loads((tmp_path / "r.json").read_text())["skipped"]} == {"Gather", "Conv"}

@@ -284,7 +284,7 @@ def test_every_format_has_quantized_convolutions(form: Any, tmp_path: Path) -> N
 
 def test_the_option_is_part_of_the_pipeline_only_where_there_are_convolutions() -> None:
     text = magr_onnx.optimize(net(), effort="fast").report.pipeline
-    assert text.endswith(",convolutions")
+    assert text.endswith(",convolutions{feedback=true}")
     again = magr_onnx.optimize(net(), pipeline_text=text).report
     assert [r.op for r in again.layers] == ["Conv", "Conv", "Conv", "ConvTranspose", "Gemm"]
     plain = magr_onnx.optimize(net(), effort="fast", conv_bits=None).report
