@@ -20,7 +20,7 @@ from magr_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
+    from magr_onnx.api import Forecast, Inspection, Optimized, forecast, inspect, optimize, validate, verify
     from magr_onnx.config.arguments import FolderArguments, RunArguments
     from magr_onnx.config.layer_options import LayerOptions
     from magr_onnx.config.options import Options
@@ -39,17 +39,17 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "PRESETS", "TARGETS", "Accumulator", "CalibrationError", "DependencyError", "ExportError", "FolderArguments", "Generated",
+    "PRESETS", "TARGETS", "Accumulator", "CalibrationError", "DependencyError", "ExportError", "FolderArguments", "Forecast", "Generated",
     "Generation", "Inspection",
     "LayerOptions", "LayerStats", "MagrError", "ModelError", "NonFiniteError", "Optimized", "OptimizedFolder", "OptionError",
     "Options", "OutputError", "PipelineError", "Preset", "ProviderError", "QuantizedWeight", "Recipe", "RecipeError", "Report",
-    "ReportError", "RunArguments", "RuntimeFailure", "Target", "Verification", "WeightSpec", "build_pipeline", "generate", "inspect",
-    "optimize", "optimize_folder", "validate", "verify",
+    "ReportError", "RunArguments", "RuntimeFailure", "Target", "Verification", "WeightSpec", "build_pipeline", "forecast", "generate",
+    "inspect", "optimize", "optimize_folder", "validate", "verify",
 ]
 # fmt: on
 
 _MODULES = {
-    "magr_onnx.api": ("Inspection", "Optimized", "inspect", "optimize", "validate", "verify"),
+    "magr_onnx.api": ("Forecast", "Inspection", "Optimized", "forecast", "inspect", "optimize", "validate", "verify"),
     "magr_onnx.config.arguments": ("FolderArguments", "RunArguments"),
     "magr_onnx.config.layer_options": ("LayerOptions",),
     "magr_onnx.config.options": ("Options",),

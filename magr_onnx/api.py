@@ -1,4 +1,4 @@
-"""The Python interface: `optimize`, `inspect`, `validate`, `verify`."""
+"""The Python interface: `optimize`, `forecast`, `inspect`, `validate`, `verify`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import session
 from magr_onnx.runtime.ort.session import Arithmetic, available_provider
 from magr_onnx.workflow import non_linear, recurrent
+from magr_onnx.workflow.forecast import Forecast, forecast
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
 from magr_onnx.workflow.progress import reporter
 from magr_onnx.workflow.request import reading_of
 
-__all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
+__all__ = ["Forecast", "Inspection", "Optimized", "Progress", "forecast", "inspect", "optimize", "validate", "verify"]
 
 
 @dataclass(frozen=True, slots=True)

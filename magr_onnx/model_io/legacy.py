@@ -72,9 +72,13 @@ def _in_real_file(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """Convert a model to a message, with the types that `modernize` has set aside."""
+    """Convert a model to a message, with the types that `modernize` has set aside, and without types of initializers beside the tensors.
+
+    onnx-ir declares every initializer again in ``value_info``, which is a tenth of a file with many small ones.
+    """
     proto = ir.to_proto(model)
     for graph in graphs(proto):
+        _declare_no_tensors(graph)
         for value in _declared(graph):
             for entry in [entry for entry in value.metadata_props if entry.key == TYPE]:
                 value.type.ParseFromString(base64.b64decode(entry.value))
@@ -119,6 +123,17 @@ def _declare_once(graph: onnx.GraphProto | onnx.FunctionProto) -> None:
     for value in _declared(graph):
         if value.name in types and types[value.name].WhichOneof("value") is not None:
             value.type.CopyFrom(types[value.name])
+
+
+def _declare_no_tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Drop declarations of initializers, whose tensors have type and shape; those with metadata stay."""
+    if not isinstance(graph, onnx.GraphProto):
+        return
+    tensors = {tensor.name for tensor in graph.initializer}
+    others = [value for value in graph.value_info if value.name not in tensors or value.metadata_props or value.doc_string]
+    if len(others) < len(graph.value_info):
+        graph.ClearField("value_info")
+        graph.value_info.extend(others)
 
 
 def _has_map(kind: onnx.TypeProto) -> bool:

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     OTHER = "an operator without a quantized form"
     NO_STATISTICS = "there are no statistics of its input"
     SHARED = "its float weight would stay in the file for others"
+    GROWS = "quantized it would take more bytes than in float"
     BUDGET = "kept float by the budget of size or loss"
     GAIN = "holds the gain of a norm between rotations, which a coarse grid would lose"
 

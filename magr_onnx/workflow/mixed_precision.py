@@ -170,7 +170,7 @@ class Allocation:
         if not source.layers and convolutions is None:
             raise OptionError(f"{goal.text}: every layer has bits of its own, so that there is nothing to choose; leave the budget out")
         self.goal, self.source, self.plans = goal, source, choices
-        linear = _shared(source.layers)
+        linear = [[layer.name for layer in group] for group in size_model.by_tensor(source.layers)]
         columns = [size_model.changes(source.model, linear, plan, source.grids) for plan in choices.values()]
         self.items, self._linear = linear, len(linear)
         self._choices = [[*choices, FLOAT]] * len(linear)
@@ -373,14 +373,6 @@ class Search(Allocation):
     def outcome(self) -> Assignment:
         """Return what was decided, for the report."""
         return self.report(self.metric, self.measured_on)
-
-
-def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
-    """Names of layers, those with one weight together."""
-    names: dict[int, list[str]] = {}
-    for layer in layers:
-        names.setdefault(id(layer.weight.stored), []).append(layer.name)
-    return list(names.values())
 
 
 def _in_float(model: ir.Model) -> str:

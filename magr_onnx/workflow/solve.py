@@ -40,6 +40,7 @@ from magr_onnx.workflow import (
     mixed_precision,
     non_linear,
     rounded_activations,
+    size_model,
     tied_tables,
     trials,
     wide_inputs,
@@ -255,9 +256,8 @@ def _set_up(
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
     if request.options is not None and not context.selection.include:
-        tables = tied_tables.tables_of(base, plan, context.selection, tied)
-        layers, shared = split_shared(layers, others=[table.node for table in tables])
-        skips += shared
+        layers, larger = _smaller(base, layers, plan, tied, request)
+        skips += larger
     if plan.rules is not None:
         skips += [skip_of(layer.node, Reason.SUBGRAPH, "format qdq-full rounds the main graph only") for layer in layers if layer.nested]
         layers = [layer for layer in layers if not layer.nested]
@@ -294,6 +294,21 @@ def _set_up(
     changed = {*begun.digests, *rounded}
     models = Models(model, base, tapped, changed, tied)
     return _Setup(models, layers, plan, calibration, needs_statistics, assigned, tied, skips, notes, may_widen=may_widen)
+
+
+def _smaller(
+    base: ir.Model, layers: Sequence[LinearLayer], plan: Plan, tied: frozenset[str], request: OptimizeRequest
+) -> tuple[list[LinearLayer], list[Skip]]:
+    """Leave out layers that would make the file larger; those that have options of their own are asked for."""
+    tables = tied_tables.tables_of(base, plan, request.patterns.selection, tied)
+    layers, shared = split_shared(layers, others=[table.node for table in tables])
+    if (
+        request.requantize or request.budget is not None or plan.rules is not None
+    ):  # in float they would be larger; a budget has its own rule
+        return layers, shared
+    asked = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, request.provider)
+    growing = size_model.growing(base, [layer for layer in layers if layer.name not in asked], plan)
+    return [layer for layer in layers if layer.name not in growing], [*shared, *growing.values()]
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:

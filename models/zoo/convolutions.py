@@ -92,7 +92,7 @@ TRAPS = (
     Trap(
         "conv-depthwise-and-a-linear-layer",
         lambda: model(
-            """g (float[n, 16, 8, 8] x) => (float[n, 4] y) {
+            """g (float[n, 16, 8, 8] x) => (float[n, 64] y) {
                 [c] h = Conv<group = 16, pads = [1, 1, 1, 1]>(x, k, kb)
                 r = Relu(h)
                 p = GlobalAveragePool(r)
@@ -101,7 +101,7 @@ TRAPS = (
             }""",
             k=kernel(16, 1, 3, 3),
             kb=constant("kb", 16),
-            w=constant("w", 16, 4),
+            w=constant("w", 16, 64),
         ),
         images(4, 16, 8, 8),
         lambda feeds, weights: [
@@ -255,7 +255,7 @@ TRAPS = (
     Trap(
         "conv-asked-to-stay-float",
         lambda: model(
-            """g (float[n, 3, 6, 6] x) => (float[n, 4] y) {
+            """g (float[n, 3, 6, 6] x) => (float[n, 64] y) {
                 [c] h = Conv(x, k, b)
                 p = GlobalAveragePool(h)
                 f = Flatten(p)
@@ -263,7 +263,7 @@ TRAPS = (
             }""",
             k=kernel(8, 3, 3, 3),
             b=B,
-            w=constant("w", 8, 4),
+            w=constant("w", 8, 64),
         ),
         images(4, 3, 6, 6),
         lambda feeds, weights: [

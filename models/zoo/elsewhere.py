@@ -172,14 +172,14 @@ TRAPS = (
     ),
     _trap(
         "recurrent",
-        """g (float[t, n, 48] x) => (float[t, n, 24] y) <int64[1] one = {1}> {
+        """g (float[t, n, 48] x) => (float[t, n, 64] y) <int64[1] one = {1}> {
             [rnn] states, last = RNN<hidden_size = 8>(x, rw, rr)
             flat = Squeeze(states, one)
             [fc] y = MatMul(flat, w)
         }""",
         lambda x, w: [_recurrent(x, constant("rw", 1, H, K)[0], constant("rr", 1, H, H)[0]) @ w["fc"]],
         {"fc": CONVERTED, "rnn": str(Reason.RECURRENT)},
-        {"w": constant("w", H, N), "rw": constant("rw", 1, H, K), "rr": constant("rr", 1, H, H)},
+        {"w": constant("w", H, 64), "rw": constant("rw", 1, H, K), "rr": constant("rr", 1, H, H)},
         (4, 3, K),
     ),
     _trap(

@@ -50,5 +50,6 @@ TRAPS = (
         lambda rng: {"x": rng.standard_normal((6, 48), np.float32)},
         lambda feeds, weights: [np.maximum(feeds["x"] @ weights["first"], 0) @ weights["last"]],
         {"first": CONVERTED, "last": CONVERTED},
+        {"include": ["*"]},
     ),
 )

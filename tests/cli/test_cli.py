@@ -272,7 +272,7 @@ def test_inspect_shows_what_would_be_skipped(folder: Path) -> None:
 
 
 def test_convolutions_and_tables_have_options(tmp_path: Path) -> None:
-    text = """g (int64[n, 8] i) => (float[n, 4] y) {
+    text = """g (int64[n, 8] i) => (float[n, 64] y) {
         [emb] h = Gather(table, i)
         t = Transpose<perm = [0, 2, 1]>(h)
         [c] a = Conv(t, k)
@@ -280,7 +280,7 @@ def test_convolutions_and_tables_have_options(tmp_path: Path) -> None:
         f = Flatten(p)
         [fc] y = MatMul(f, w)
     }"""
-    onnx.save(model(text, table=constant("table", 128, 32), k=constant("k", 16, 32, 3), w=constant("w", 16, 4)), tmp_path / "m.onnx")
+    onnx.save(model(text, table=constant("table", 128, 32), k=constant("k", 16, 32, 3), w=constant("w", 16, 64)), tmp_path / "m.onnx")
     result = run(
         "optimize", "m.onnx", "--conv-bits", "4", "--conv-form", "dequantize", "--embeddings", "dequantize", "--json", cwd=tmp_path
     )

@@ -17,6 +17,7 @@ import pytest
 import magr_onnx
 from magr_onnx.errors import MagrError, ModelError, OutputError
 from magr_onnx.model_io import files, writing
+from magr_onnx.model_io.legacy import to_proto
 from magr_onnx.model_io.writing import tensor_bytes
 from tests import graphs
 from tests.graphs import proto
@@ -250,11 +251,11 @@ def test_a_failed_write_keeps_the_old_file(failure: BaseException, tmp_path: Pat
 def test_sizes_of_models_in_memory_are_those_of_their_files(tmp_path: Path) -> None:
     model = graphs.chain()
     out = tmp_path / "in.onnx"
-    ir.save(model, out)
+    out.write_bytes(to_proto(model).SerializeToString())
     assert files.model_bytes(model) == pytest.approx(out.stat().st_size, abs=100)
     assert tensor_bytes(model) < files.model_bytes(model)
     result, report = magr_onnx.optimize(model)
-    written = len(ir.to_proto(result).SerializeToString())
+    written = len(to_proto(result).SerializeToString())
     assert report.bytes_before == pytest.approx(out.stat().st_size, abs=100)
     assert report.bytes_after == pytest.approx(written, abs=100)
     assert model.graph.initializers.keys() == ir.load(out).graph.initializers.keys()
@@ -385,6 +386,6 @@ def outlying() -> ir.Model:
 @pytest.mark.parametrize("in_memory", [lambda model: model, graphs.proto])
 def test_the_size_before_is_that_of_the_model_as_it_was_given(in_memory: Any, options: dict[str, Any], tmp_path: Path) -> None:
     source = outlying()
-    ir.save(source, path := tmp_path / "source.onnx")
+    (path := tmp_path / "source.onnx").write_bytes(to_proto(source).SerializeToString())
     report = magr_onnx.optimize(in_memory(source), [{"x": graphs.correlated(64, 64)}], effort="fast", progress=False, **options).report
     assert report.bytes_before == pytest.approx(path.stat().st_size, abs=100)

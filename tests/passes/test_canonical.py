@@ -67,7 +67,8 @@ def test_the_canonical_model_computes_the_same_and_stays_as_it_is(trap: Trap) ->
 def test_every_format_with_calibration_and_feedback(trap: Trap, form: str, tmp_path: Path) -> None:
     rng, path = np.random.default_rng(1), tmp_path / "q.onnx"
     proto, data = trap.build(), [trap.feeds(rng) for _ in range(12)]
-    report = optimize(proto, data, output=path, format=form, effort="balanced", **FORMATS[form], **trap.options).report  # type: ignore[arg-type]
+    options: Any = {"format": form, "effort": "balanced", "include": ["*"], **FORMATS[form], **trap.options}
+    report = optimize(proto, data, output=path, **options).report
     assert {row.name for row in report.layers} == {name for name, fate in trap.layers.items() if fate == CONVERTED}
     onnx.checker.check_model(str(path))
     feeds = trap.feeds(rng)
@@ -141,7 +142,7 @@ def test_einsum_of_any_labels_is_a_layer(case: tuple[str, dict[str, int], bool])
     known_one = {c for c in own if c in of_x and sizes[c] == 1 and of_x[c] % 2}  # of one, in an axis that may be anything
     assert unstretched == (not known_one)
     if unstretched:
-        quantized, report = optimize(proto, bits=8, block_size=16)
+        quantized, report = optimize(proto, bits=8, block_size=16, include=["*"])
         assert all(row.name.startswith("fc") for row in report.layers)
         both = [np.abs(a) for a in ((w, x) if first else (x, w))]
         assert (np.abs(run(quantized, {"x": x})[0] - wanted) <= 0.03 * np.einsum(equation, *both).max() + 1e-6).all()
@@ -382,7 +383,7 @@ def test_sizes_stay_in_the_file_when_tensors_go_beside_it(tmp_path: Path) -> Non
     many.graph.node.append(onnx.helper.make_node("Split", ["x", "ones"], outputs, axis=0))
     many.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(200, np.int64), "ones"))
     x = np.random.default_rng(0).standard_normal((200, 2, 16)).astype(np.float32)
-    report = optimize(many, [{"x": x}] * 2, output=tmp_path / "q.onnx", bits=8, block_size=16, external_data=True).report
+    report = optimize(many, [{"x": x}] * 2, output=tmp_path / "q.onnx", bits=8, block_size=16, external_data=True, include=["*"]).report
     assert len(report.layers) == 200
     np.testing.assert_allclose(run(ir.load(tmp_path / "q.onnx"), {"x": x})[0], run(many, {"x": x})[0], atol=0.1)
 

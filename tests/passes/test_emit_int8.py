@@ -149,7 +149,7 @@ def test_every_form_is_valid_verified_and_close(name: str, kind: str, tmp_path: 
     model = MODELS[name]()
     x = feeds(model)
     out = tmp_path / "out.onnx"
-    made, report = magr_onnx.optimize(model, [x], output=out, **KINDS[kind])
+    made, report = magr_onnx.optimize(model, [x], output=out, include=["*"], **KINDS[kind])
     assert report.verified == len(report.layers) == len(find(MODELS[name]())[0])
     onnx.checker.check_model(str(out), full_check=True)
     codes = [v.const_value.numpy() for v in made.graph.initializers.values() if str(v.name).endswith(("_q8", "_q8_1")) and v.const_value]
@@ -417,7 +417,7 @@ def test_a_bias_is_int32_exactly_as_long_as_no_sum_leaves_it(weights: list[int],
     model = b.model(b.node("Gemm", [x, weight, b.constant("b", np.float32([bias * step]))], "layer"), ["batch", 1])
     data = [{"x": np.float32([[127, 127], [-128, -128]]) / np.float32(2**7)}]
     exact: dict[str, Any] = {"quantizer": "rtn", "alpha": 0, "beta": 1.0, "bias": "none", "activation_range": "min-max"}
-    made, report = magr_onnx.optimize(model, data, format="qdq-int8", activation_type="int8", **exact)
+    made, report = magr_onnx.optimize(model, data, format="qdq-int8", activation_type="int8", include=["*"], **exact)
     constants = {name: v.const_value.numpy() for name, v in made.graph.initializers.items() if v.const_value is not None}
     assert constants["w_q8"].ravel().tolist() == weights
     assert float(constants["x_scale"]) == 2.0**-7

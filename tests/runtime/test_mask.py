@@ -182,7 +182,7 @@ def test_a_model_that_takes_no_other_shape_is_not_probed() -> None:
 def test_optimize_with_learned_queries(lengths: tuple[int, ...], options: dict[str, str]) -> None:
     model = perceiver()
     batches = [batch(t, seed=i) for i, t in enumerate(lengths)]
-    _, report = magr_onnx.optimize(model, batches, progress=None, **options)  # type: ignore[arg-type]
+    _, report = magr_onnx.optimize(model, batches, progress=None, include=["*"], **options)  # type: ignore[arg-type]
     rows = {row.name: row.rows for row in report.layers}
     assert (rows["on_tokens"], rows["on_queries"]) == (sum(int(b[MASK].sum()) for b in batches), len(batches) * 4 * QUERIES)
     assert any(note.startswith("on_queries: all input rows count") for note in report.notes)

@@ -272,7 +272,9 @@ def test_linear_layers_read_what_convolutions_put_out_from_the_same_grid(effort:
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     data = {"x": images(64, 1)}
-    report = magr_onnx.optimize(path, data, format="qdq-int8", effort=effort, batch_size=4, output=tmp_path / "out.onnx").report
+    report = magr_onnx.optimize(
+        path, data, format="qdq-int8", effort=effort, batch_size=4, include=["*"], output=tmp_path / "out.onnx"
+    ).report
     nodes = onnx.load(tmp_path / "out.onnx").graph.node
     assert sum(node.op_type == "QuantizeLinear" and node.input[0] == "c" for node in nodes) == 1
     assert [row.name for row in report.layers if row.emitted] == ["conv", "first", "second"]

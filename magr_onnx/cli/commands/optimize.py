@@ -20,6 +20,7 @@ from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.report import html
 from magr_onnx.report.data import MOST
+from magr_onnx.workflow import forecast
 from magr_onnx.workflow.directory import OptimizedFolder, check_reports, run_folder, taken_by
 from magr_onnx.workflow.optimize import run
 from magr_onnx.workflow.request import resolve
@@ -41,6 +42,8 @@ onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration 
 onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
 
 onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz
+
+onnx-magr optimize model.onnx --calibration texts.txt --dry-run
 
 onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt
 
@@ -77,6 +80,10 @@ LayerOption = Annotated[
         rich_help_panel=RECIPES,
     ),
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only forecast time, memory and size of the run, from short measurements here; write nothing."),
+]
 
 
 @with_options(name for name in (*OPTIONS, *RUN) if name != "model")
@@ -87,6 +94,7 @@ def optimize(
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     layer: LayerOption = None,
+    dry_run: DryRunOption = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -110,6 +118,9 @@ def optimize(
         html.check(report or (), files | recipe_file)
     if save_recipe is not None:
         _check_recipe(run_recipe, save_recipe, files)
+    if dry_run:
+        _forecast(source, out, run_recipe, as_json, quiet)
+        return
     console.await_output(out, resumable="resume" in arguments)
     with console.watch(quiet) as (progress, on_layer):
         arguments = {"model": source, "recipe": run_recipe, "output": out, "progress": progress, "on_layer": on_layer}
@@ -121,6 +132,16 @@ def optimize(
         writes.insert(0, partial(run_recipe.save, save_recipe, comments))
     do_all(writes)
     console.show(result.to_dict(), result.to_text(None if verbose else MOST, console.columns()), as_json, quiet)
+
+
+def _forecast(source: Path, out: Path, run_recipe: Recipe, as_json: bool, quiet: bool) -> None:
+    """Print what a run would take."""
+    if source.is_dir():
+        raise OptionError(f"--dry-run forecasts a run on one model, and {source} is a folder; give the models in it one by one")
+    with console.watch(quiet) as (progress, _):
+        arguments = {"model": source, "recipe": run_recipe, "output": out, "progress": progress}
+        result = forecast.measure(resolve(arguments, Invocation(console.command_line(), recipe=run_recipe.to_text())))
+    console.show(result.to_dict(), result.to_text(), as_json, quiet)
 
 
 def _check_recipe(recipe: Recipe, path: Path, other_files: Collection[Path]) -> None:
