@@ -302,9 +302,8 @@ def _smaller(
     """Leave out layers that would make the file larger; those that have options of their own are asked for."""
     tables = tied_tables.tables_of(base, plan, request.patterns.selection, tied)
     layers, shared = split_shared(layers, others=[table.node for table in tables])
-    if (
-        request.requantize or request.budget is not None or plan.rules is not None
-    ):  # in float they would be larger; a budget has its own rule
+    # quantized sources are larger in float, budgets have a rule of their own, and backends want all of a graph
+    if request.requantize or request.budget is not None or plan.rules is not None:
         return layers, shared
     asked = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, request.provider)
     growing = size_model.growing(base, [layer for layer in layers if layer.name not in asked], plan)

@@ -193,10 +193,8 @@ def test_an_operator_that_becomes_several_keeps_one_name(tmp_path: Path) -> None
 
 def test_opsets_are_raised_no_further_than_the_format_needs(tmp_path: Path) -> None:
     proto = old_model(11)
-    opsets = {
-        form: magr_onnx.optimize(proto, include=["*"], **FORMATS[form]).model.opset_imports[""]
-        for form in ("matmulnbits", "qdq", "dynamic-int8")
-    }
+    made = {form: magr_onnx.optimize(proto, include=["*"], **FORMATS[form]).model for form in ("matmulnbits", "qdq", "dynamic-int8")}
+    opsets = {form: model.opset_imports[""] for form, model in made.items()}
     assert opsets == {"matmulnbits": 11, "qdq": 21, "dynamic-int8": 13}
 
 

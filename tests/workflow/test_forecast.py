@@ -70,7 +70,16 @@ def test_errors_come_as_in_the_run() -> None:
     assert raised[0] == raised[1]
 
 
-@pytest.mark.parametrize("name", ["conv-depthwise-and-a-linear-layer", "conv-3d-bias-behind-identity", "weight-shared-by-three-layers", "tied-embedding", "weights-in-a-branch"])
+OTHERS = (
+    "conv-depthwise-and-a-linear-layer",
+    "conv-3d-bias-behind-identity",
+    "weight-shared-by-three-layers",
+    "tied-embedding",
+    "weights-in-a-branch",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_models_of_other_layers_have_forecasts(name: str) -> None:
     """Convolutions, one weight of several layers, a table, a body."""
     text = magr_onnx.forecast(ZOO[name].build(), include=["*"], progress=False).to_text()
