@@ -148,7 +148,7 @@ def measure(request: OptimizeRequest) -> Forecast:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads.single_threaded_blas())
-        prepared, context = prepare(replace(request, resume=None), stack)
+        prepared, context = prepare(replace(request, resume=None, workers=None), stack)
         rate = product_rate()
         rows = _rows(prepared, context)
         passes = _Passes.timed(prepared, rows, rate, context)
@@ -173,6 +173,8 @@ def _left_out(prepared: Prepared, request: OptimizeRequest) -> Iterator[str]:
     """Say what is not in the forecast."""
     if request.budget is not None:
         yield f"{request.budget.text}: sensitivities are measured first, and the result may be made more than once"
+    if request.workers is not None:
+        yield f"workers {request.workers}: it is the time of this process alone"
     if request.validation is not None:
         yield "the comparison on validation data comes on top"
     if others := len(prepared.others):
