@@ -17,18 +17,13 @@ from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import tensor_bytes
-from magr_onnx.passes import Skip
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.passes.plan import Plan
-from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration.activation_ranges import with_grids
 from magr_onnx.runtime.calibration.context import Grids
-
-FEW_ROWS, FEW_WEIGHTS = 8, 4096
-"""Inputs, and weights, of layers that a file may grow by: 2 to 12 bytes for each output, and up to about a kilobyte for nodes."""
 
 
 def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, grids: Grids | None = None) -> list[int]:
@@ -39,41 +34,13 @@ def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, grids: 
     """
     copy = model.clone()
     layers = {layer.name: layer for layer in find(copy)[0]}
-    writer = _Writer(layers.values(), grids)
+    writer = Writer(layers.values(), grids)
     sizes = [tensor_bytes(copy)]
     for names in items:
         for name in names:
             writer.write(layers[name], plan)
         sizes.append(tensor_bytes(copy))
     return [after - before for before, after in pairwise(sizes)]
-
-
-def growing(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -> dict[str, Skip]:
-    """Find layers that take no fewer bytes converted than in float, because of their scales, biases, nodes and names.
-
-    Args:
-        model: The model of the layers.
-        layers: The layers; of those that share a tensor all are found, or none.
-        plan: How they would be converted.
-
-    Returns:
-        The reason to leave a layer out, by its name.
-    """
-    tiny = [group for group in by_tensor(layers) if _may_grow(group)]
-    if not tiny:
-        return {}
-    copy = model.clone()
-    copies = {layer.name: layer for layer in find(copy)[0]}
-    writer, before, found = _Writer(copies.values(), None), files.model_bytes(copy), dict[str, Skip]()
-    for group in tiny:
-        for layer in group:
-            writer.write(copies[layer.name], plan)
-        after = files.model_bytes(copy)
-        if after >= before:
-            detail = f"{after - before:,} bytes more; --include '*' converts this layer all the same"
-            found |= {layer.name: Skip(layer.name, layer.op, Reason.GROWS, detail) for layer in group}
-        before = after
-    return found
 
 
 def by_tensor(layers: Iterable[LinearLayer]) -> list[list[LinearLayer]]:
@@ -84,17 +51,11 @@ def by_tensor(layers: Iterable[LinearLayer]) -> list[list[LinearLayer]]:
     return list(groups.values())
 
 
-def _may_grow(layers: Sequence[LinearLayer]) -> bool:
-    """Whether scales and nodes can take more than codes save: of few weights, of few to a scale, or of a tensor with many views."""
-    layer = layers[0]
-    return layer.k <= FEW_ROWS or layer.weight.stored.nbytes <= len(layers) * 4 * FEW_WEIGHTS
-
-
 def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = None) -> ir.Model:
     """A copy of ``model`` with every layer named in ``plans`` converted to placeholders: the size of the result, without the work."""
     copy = model.clone()
     layers = [layer for layer in find(copy)[0] if layer.name in plans]
-    writer = _Writer(layers, grids)
+    writer = Writer(layers, grids)
     for layer in layers:
         writer.write(layer, plans[layer.name])
     return copy
@@ -105,15 +66,17 @@ def written_bytes(model: ir.Model, plans: Mapping[str, Plan]) -> int:
     return files.model_bytes(converted(model, plans))
 
 
-class _Writer:
+class Writer:
     """Writes layers of one graph as their placeholders."""
 
     def __init__(self, layers: Iterable[LinearLayer], grids: Grids | None) -> None:
+        """Begin, with all layers of the graph, and the 8-bit grids of what they read where these are known."""
         self._shared = sharing(layers)
         self._grids = grids
         self._constants: dict[Hashable, WeightConstants] = {}
 
     def write(self, layer: LinearLayer, plan: Plan) -> None:
+        """Write a layer as a plan would."""
         if plan.emitter is None:
             return
         constants = self._constants.setdefault(layer.weight_key, WeightConstants(layer.name in self._shared))

@@ -22,7 +22,7 @@ from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.recurrent import GATES
-from magr_onnx.passes.layers.weighted import readers, skip_of, split_shared
+from magr_onnx.passes.layers.weighted import readers, skip_of
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.report.data import megabytes
@@ -35,12 +35,12 @@ from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import (
     conv_sensitivity,
+    growth,
     integer_convolutions,
     integer_speed,
     mixed_precision,
     non_linear,
     rounded_activations,
-    size_model,
     tied_tables,
     trials,
     wide_inputs,
@@ -256,7 +256,7 @@ def _set_up(
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
     if request.options is not None and not context.selection.include:
-        layers, larger = _smaller(base, layers, plan, tied, request)
+        layers, larger = growth.without_growing(base, layers, plan, tied, request)
         skips += larger
     if plan.rules is not None:
         skips += [skip_of(layer.node, Reason.SUBGRAPH, "format qdq-full rounds the main graph only") for layer in layers if layer.nested]
@@ -294,20 +294,6 @@ def _set_up(
     changed = {*begun.digests, *rounded}
     models = Models(model, base, tapped, changed, tied)
     return _Setup(models, layers, plan, calibration, needs_statistics, assigned, tied, skips, notes, may_widen=may_widen)
-
-
-def _smaller(
-    base: ir.Model, layers: Sequence[LinearLayer], plan: Plan, tied: frozenset[str], request: OptimizeRequest
-) -> tuple[list[LinearLayer], list[Skip]]:
-    """Leave out layers that would make the file larger; those that have options of their own are asked for."""
-    tables = tied_tables.tables_of(base, plan, request.patterns.selection, tied)
-    layers, shared = split_shared(layers, others=[table.node for table in tables])
-    # quantized sources are larger in float, budgets have a rule of their own, and backends want all of a graph
-    if request.requantize or request.budget is not None or plan.rules is not None:
-        return layers, shared
-    asked = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, request.provider)
-    growing = size_model.growing(base, [layer for layer in layers if layer.name not in asked], plan)
-    return [layer for layer in layers if layer.name not in growing], [*shared, *growing.values()]
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
