@@ -169,18 +169,21 @@ class Cluster:
 
     def submit(self, stages: Sequence[LayerStage], problem: LayerProblem, helped: bool = False) -> tuple[str, Any]:
         """Send a problem, to be solved with the help of others if ``helped``; return the address of the worker and the future solution."""
+        from distributed.client import ClosedClientError
+
         while True:
             address = self.emptiest()
             others = sorted(self._threads().keys() - {address}, key=lambda other: (self._load[other], other))
             helpers = others[:MOST_HELPERS] if helped else []
             try:
                 rest, shared = self._scatter(replace(problem, stats=_NOTHING), address), self._stats(problem.stats, address)
-            except (OSError, TimeoutError):  # it has died meanwhile
+                function = partial(_solve, tuple(stages), helpers, self._here)
+                future = self._client.submit(function, rest, shared.data, workers=[address], allow_other_workers=True, pure=False)
+            except (OSError, TimeoutError, ClosedClientError):  # it has died meanwhile, or the scheduler has
                 continue
             self._load[address] += 1
             shared.layers += 1
-            function = partial(_solve, tuple(stages), helpers, self._here)
-            return address, self._client.submit(function, rest, shared.data, workers=[address], allow_other_workers=True, pure=False)
+            return address, future
 
     def solved(self, address: str, problem: LayerProblem) -> None:
         """Take note that a layer is no longer with a worker."""
@@ -198,18 +201,20 @@ class Cluster:
         """
         end = time.monotonic() + GONE
         while not (threads := self._threads()):
-            if time.monotonic() > end:
+            if time.monotonic() > end or self._client.status == "closed":  # as it is when it could not reach the scheduler again
                 raise MagrError(
-                    f"all workers, or their scheduler, have been gone for {GONE:.0f} s; start them, and run this again{_RESUME}"
+                    f"all workers have been gone for {GONE:.0f} s, or their scheduler is; start them, and run this again{_RESUME}"
                 )
             time.sleep(0.2)
         return min(threads, key=lambda address: (self._load[address] / threads[address], address))
 
     def _threads(self) -> Mapping[str, int]:
         """Return the threads of every worker, by address; none where the scheduler does not answer."""
+        if self._client.status == "closed":
+            return {}
         try:
             threads: Mapping[str, int] = self._client.nthreads()
-        except (OSError, TimeoutError, RuntimeError):
+        except (OSError, TimeoutError, RuntimeError, AttributeError):  # the last one where it is being closed
             return {}
         return threads
 

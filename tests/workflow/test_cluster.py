@@ -211,6 +211,15 @@ def test_a_worker_of_other_versions_that_comes_later_solves_nothing(scheduler: s
             workers.send("layer", [MagR(1.0)], problem, 1).result()
 
 
+def test_a_scheduler_that_is_gone_ends_the_run(scheduler: str) -> None:
+    """The client closes by itself when it could not connect again; here it is closed by hand."""
+    problem = LayerProblem(np.ones((4, 4), np.float32), None, LayerStats(np.eye(4), np.zeros(4), 8))
+    with cluster.cluster(scheduler) as workers:
+        workers._client.close()
+        with pytest.raises(MagrError, match="or their scheduler is; start them, and run this again"):
+            workers.send("layer", [MagR(1.0)], problem, 1)
+
+
 class Untouched:
     """Calibration data that is not to be read."""
 
@@ -256,13 +265,13 @@ def test_workers_that_lack_the_package_or_are_gone(monkeypatch: pytest.MonkeyPat
         with running([sys.executable, "-c", lacking, address, *OPTIONS]):
             monkeypatch.setattr(cluster, "CONNECT", 60.0)
             refused(address, MagrError, r"tcp://\S+ cannot use onnx-magr .*magr_onnx.*Install the same versions there")
+        monkeypatch.setattr(cluster, "GONE", 1.0)
+        plan = magr_onnx.build_pipeline(quantizer="rtn")
+        problem = LayerProblem(np.ones((32, 8), np.float32), None, LayerStats.data_free(32))
         with running([*WORKER, address, *OPTIONS]) as worker, cluster.cluster(address) as workers:
-            monkeypatch.setattr(cluster, "GONE", 1.0)
             worker.kill()
             worker.wait()
-            plan = magr_onnx.build_pipeline(quantizer="rtn")
-            problem = LayerProblem(np.ones((32, 8), np.float32), None, LayerStats.data_free(32))
-            with pytest.raises(MagrError, match="all workers, or their scheduler, have been gone for 1 s; start them"):
+            with pytest.raises(MagrError, match="all workers have been gone for 1 s, or their scheduler is; start them"):
                 workers.send("layer", plan.solving, problem, 1).result()
 
 
