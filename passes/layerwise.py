@@ -46,8 +46,8 @@ class Workers(Protocol):
     def ahead(self) -> int:
         """Count the layers that are sent before the first of them is collected."""
 
-    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem, behind: int) -> Sent:
-        """Have a layer solved by stages of a plan, with so many ``behind`` it that can be solved at the same time."""
+    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem) -> Sent:
+        """Have a layer solved by stages of a plan."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,9 +95,7 @@ def run_layers(
         complete_problem = problem if complete is None else complete(layer, problem)
         return _Task(layer, complete_problem, (assigned or {}).get(layer.name, plan), shared.get(layer.weight_key))
 
-    for task, solution in (
-        _here(layers, shared, task_of, store) if workers is None else _sent(map(task_of, layers), len(layers), workers, store)
-    ):
+    for task, solution in _here(layers, shared, task_of, store) if workers is None else _sent(map(task_of, layers), workers, store):
         finished(SolvedLayer(task.layer, task.problem, solution, task.emit(solution)))
 
 
@@ -142,8 +140,8 @@ def _here(
             yield task, result
 
 
-def _sent(tasks: Iterable[_Task], count: int, workers: Workers, store: Store | None) -> Iterator[tuple[_Task, LayerSolution]]:
-    """Yield all ``count`` tasks with their solutions, by workers; layers that share a weight by this process."""
+def _sent(tasks: Iterable[_Task], workers: Workers, store: Store | None) -> Iterator[tuple[_Task, LayerSolution]]:
+    """Yield all tasks with their solutions, by workers; layers that share a weight by this process."""
     waiting: deque[tuple[_Task, LayerSolution | Callable[[], LayerSolution]]] = deque()
 
     def first() -> tuple[_Task, LayerSolution]:
@@ -155,14 +153,14 @@ def _sent(tasks: Iterable[_Task], count: int, workers: Workers, store: Store | N
             store.keep(task.layer, solution)
         return task, solution
 
-    for behind, task in zip(reversed(range(count)), tasks, strict=True):
+    for task in tasks:
         restored = None if store is None else store.restore(task.layer)
         if restored is not None:
             waiting.append((task, restored))
         elif task.shared is not None:
             waiting.append((task, task.solve))
         else:
-            waiting.append((task, workers.send(task.layer.name, task.plan.solving, task.problem, behind).result))
+            waiting.append((task, workers.send(task.layer.name, task.plan.solving, task.problem).result))
         if len(waiting) > workers.ahead:
             yield first()
     while waiting:

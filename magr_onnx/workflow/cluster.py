@@ -158,23 +158,17 @@ class Cluster:
         """Count the layers that are sent before the first of them is collected: two for every thread that there is by now."""
         return 2 * sum(self._threads().values())
 
-    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem, behind: int) -> Sent:
-        """Have a worker solve a layer by stages of a plan; others help with the last layers of a stage, one for each worker, once idle.
+    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem) -> Sent:
+        """Have a worker solve a layer by stages of a plan, helped by others that are idle."""
+        return Sent(self, name, stages, problem)
 
-        Only workers of one thread do: such a worker is a helper in a layer only if that had begun before its own, so that no two wait for
-        each other.
-        """
-        threads = self._threads()
-        return Sent(self, name, stages, problem, behind < len(threads) and set(threads.values()) == {1})
-
-    def submit(self, stages: Sequence[LayerStage], problem: LayerProblem, helped: bool = False) -> tuple[str, Any]:
-        """Send a problem, to be solved with the help of others if ``helped``; return the address of the worker and the future solution."""
+    def submit(self, stages: Sequence[LayerStage], problem: LayerProblem) -> tuple[str, Any]:
+        """Send a problem; return the address of the worker and the future solution."""
         from distributed.client import ClosedClientError
 
         while True:
             address = self.emptiest()
-            others = sorted(self._threads().keys() - {address}, key=lambda other: (self._load[other], other))
-            helpers = others[:MOST_HELPERS] if helped else []
+            helpers = self._helpers(address)
             try:
                 rest, shared = self._scatter(replace(problem, stats=_NOTHING), address), self._stats(problem.stats, address)
                 function = partial(_solve, tuple(stages), helpers, self._here)
@@ -208,6 +202,16 @@ class Cluster:
             time.sleep(0.2)
         return min(threads, key=lambda address: (self._load[address] / threads[address], address))
 
+    def _helpers(self, address: str) -> list[str]:
+        """Return the workers that help the one at ``address`` once they are idle.
+
+        Only workers of one thread do: such a worker has a block of another's layer only if that layer had begun before its own, so that
+        no two wait for each other.
+        """
+        threads = self._threads()
+        others = sorted(threads.keys() - {address}, key=lambda other: (self._load[other], other))
+        return others[:MOST_HELPERS] if set(threads.values()) == {1} else []
+
     def _threads(self) -> Mapping[str, int]:
         """Return the threads of every worker, by address; none where the scheduler does not answer."""
         if self._client.status == "closed":
@@ -234,9 +238,9 @@ class Cluster:
 class Sent:
     """A layer that is with a worker."""
 
-    def __init__(self, cluster: Cluster, name: str, stages: Sequence[LayerStage], problem: LayerProblem, helped: bool) -> None:
+    def __init__(self, cluster: Cluster, name: str, stages: Sequence[LayerStage], problem: LayerProblem) -> None:
         self._cluster, self._name, self._stages, self._problem = cluster, name, stages, problem
-        self._address, self._future = cluster.submit(stages, problem, helped)
+        self._address, self._future = cluster.submit(stages, problem)
 
     def result(self) -> LayerSolution:
         """Wait for the solution.

@@ -1,4 +1,4 @@
-"""Output channels of one layer, solved by several workers of dask.distributed: for the last layers of a stage.
+"""Output channels of one layer, solved by several workers of dask.distributed: by those that have no layer to solve.
 
 The worker that has the layer takes blocks of output channels from the front; each of its helpers, once it is free, one after the other from
 the back. So nobody waits for a helper that is busy, and what a helper had that died is done by the worker that has the layer. Every block
@@ -58,7 +58,7 @@ class _Work(Generic[T, R]):
     def done(self, addresses: Sequence[str]) -> list[R]:
         """Do the work with helpers at ``addresses``."""
         for address in addresses:
-            self._submit(address, None, _ready)
+            self._submit(address, None, -1, _ready)  # behind the layers that it has
         while True:
             with self._changed:
                 in_time = self._changed.wait_for(lambda: self._waiting or len(self._results) == len(self._items), PATIENCE)
@@ -85,8 +85,8 @@ class _Work(Generic[T, R]):
                 if index is not None:
                     self._waiting.append(index)
 
-    def _submit(self, address: str, index: int | None, function: Callable[..., Any], *arguments: Any) -> None:
-        future = self._client.submit(function, *arguments, workers=[address], pure=False)
+    def _submit(self, address: str, index: int | None, priority: int, function: Callable[..., Any], *arguments: Any) -> None:
+        future = self._client.submit(function, *arguments, workers=[address], pure=False, priority=priority)
         self._with[address] = index, future
         future.add_done_callback(partial(self._finished, address))
 
@@ -105,7 +105,7 @@ class _Work(Generic[T, R]):
                 self._waiting.append(index)
             if self._waiting and is_done:
                 block = self._waiting.pop()
-                self._submit(address, block, _call, self._data, self._items[block])
+                self._submit(address, block, 1, _call, self._data, self._items[block])  # before layers that came meanwhile
             self._changed.notify()
 
 
