@@ -43,6 +43,10 @@ OURS: dict[str, dict[str, Any]] = {
     "ours qdq-int8": {"format": "qdq-int8"},
     "ours qdq-int8, all in integers": {"format": "qdq-int8", "prefer": "size"},
     "ours qdq-int8, 4-bit weights": {"format": "qdq-int8", "bits": 4},
+    "ours qdq-full": {"format": "qdq-full"},
+    "ours qdq-full, no feedback": {"format": "qdq-full", "feedback": False},
+    "ours qdq-full, 4-bit weights": {"format": "qdq-full", "bits": 4, "conv_bits": 4},
+    "ours qdq-full, 4-bit weights, no feedback": {"format": "qdq-full", "bits": 4, "conv_bits": 4, "feedback": False},
     "ours dynamic-int8": {"format": "dynamic-int8"},
     "ours matmulnbits": {},
 }
