@@ -29,11 +29,12 @@ from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.report.data import megabytes
+from magr_onnx.runtime.calibration.fisher import MAX_OUTPUTS
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Source, run_batches
 from magr_onnx.runtime.measure.layer_errors import output_elements, some
 from magr_onnx.runtime.ort.session import Session
-from magr_onnx.workflow import size_model
+from magr_onnx.workflow import arithmetic, growth, size_model, tied_tables
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
 from magr_onnx.workflow.request import OptimizeRequest, resolve
@@ -50,14 +51,20 @@ FEW_COLUMNS, MANY_COLUMNS = 128, 512
 PRODUCT = 1024
 """Size of the product that the rate of multiplication is measured with."""
 
-PASSES, RANGES, GRADIENTS = 2.2, 3.0, 4.0
+PASSES, RANGES, GRADIENTS = 5.0, 9.0, 7.0
 """Passes of the float model that take as long: calibration with error feedback, of two models in segments; measuring ranges; gradients."""
+
+STAGE = 0.03
+"""Seconds that sessions take to begin for every input of layers, with error feedback."""
 
 SUMS, PAIRED_SUMS = 2.0, 4.0
 """Floating-point operations for each row and element of a Gram matrix; with error feedback there are three, two of them symmetric."""
 
-CHECK_SECONDS, CHECK_PASSES = 2.0, 6
-"""Timing at the end: so many seconds, or passes of the calibration batch where these are more."""
+CHECK_SECONDS, CHECK_PASSES, ARITHMETIC_PASSES = 0.4, 60, 40
+"""Comparing and timing the models at the end: so many seconds, and passes of a batch; and passes to compare int8 inputs with float ones."""
+
+TARGETS = 1.5
+"""Times as long as solvers take towards their weights' own outputs, where error feedback gives them others."""
 
 
 BASE = 200_000_000
@@ -100,7 +107,7 @@ class Forecast:
             f"{self.source}: {self.layers} linear layers, {self.weights / 1e6:.1f} million weights, "
             + (f"up to {self.rows:,} rows each" if self.rows else "data-free"),
             f"time     about {duration(total)} ({parts})",
-            f"memory   about {megabytes(self.memory)}",
+            f"memory   about {self.memory / 1e9:.1f} GB",
             f"file     {megabytes(self.bytes_before)} now, about {megabytes(self.bytes_after)} afterwards",
             f"measured {self.gigaflops:.0f} GFLOP/s on {threads.count()} threads; nothing was written",
         ]
@@ -149,16 +156,22 @@ def measure(request: OptimizeRequest) -> Forecast:
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads.single_threaded_blas())
         prepared, context = prepare(replace(request, resume=None, workers=None), stack)
-        rate = product_rate()
-        rows = _rows(prepared, context)
+        rate, rows = product_rate(), _rows(prepared, context)
         passes = _Passes.timed(prepared, rows, rate, context)
-        seconds = {"load": context.stopwatch.seconds["load"], **passes.calibration(prepared, rows, rate)}
-        seconds |= {"quantize": _solving(_matrices(prepared, rows), context), "check": passes.check}
-        plans = dict.fromkeys([layer.name for layer in prepared.layers], prepared.plan)
+        products = {layer.name: rows.get(layer.reads, 0) * layer.k * layer.n for layer in prepared.layers}
+        prepared = _without_floats(prepared, request, context)
+        seconds = {"load": context.stopwatch.seconds["load"], **passes.calibration(prepared, rows, products, rate)}
+        plan, samples = prepared.plan, None if prepared.data is None else prepared.data.samples
+        seconds["quantize"] = _solving(_matrices(prepared, rows), samples, context) * (1.0 if plan.error_feedback is None else TARGETS)
+        weights = sum(layer.k * layer.n for layer in prepared.layers)
+        if passes.batch and weights >= arithmetic.LEAST_WEIGHTS and plan.activations is None:
+            seconds["arithmetic"] = ARITHMETIC_PASSES * passes.batch
+        seconds["check"] = passes.check
+        plans = dict.fromkeys([layer.name for layer in prepared.layers], plan)
         return Forecast(
             source=prepared.name,
             layers=len(prepared.layers),
-            weights=sum(layer.k * layer.n for layer in prepared.layers),
+            weights=weights,
             rows=max(rows.values(), default=0),
             gigaflops=rate / 1e9,
             seconds=seconds,
@@ -167,6 +180,22 @@ def measure(request: OptimizeRequest) -> Forecast:
             bytes_after=size_model.written_bytes(prepared.model, plans),
             notes=tuple(_left_out(prepared, request)),
         )
+
+
+def _without_floats(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Prepared:
+    """Leave out layers that a run leaves float for the size of the file.
+
+    Raises:
+        ModelError: There is nothing else.
+    """
+    if request.options is None or context.selection.include:
+        return prepared
+    model, plan = prepared.model, prepared.plan
+    tied = tied_tables.tied_weights(model, plan, context.selection) if request.budget is None else frozenset()
+    layers, skips = growth.without_growing(model, prepared.layers, plan, tied, request)
+    if not layers and not prepared.others:
+        raise prepared.no_layer([*skips, *prepared.unconverted])
+    return replace(prepared, layers=layers)
 
 
 def _left_out(prepared: Prepared, request: OptimizeRequest) -> Iterator[str]:
@@ -235,23 +264,29 @@ class _Passes:
             session.run(first)
             batch = min(_seconds(partial(session.run, first)) for _ in range(2))
         few_batches = some(data, output_elements(prepared.model, data))
-        return _Passes(batch, 2 * len(few_batches) * batch + max(CHECK_SECONDS, CHECK_PASSES * batch))
+        return _Passes(batch, 2 * len(few_batches) * batch + CHECK_SECONDS + CHECK_PASSES * batch)
 
-    def calibration(self, prepared: Prepared, rows: Mapping[str, int], rate: float) -> dict[str, float]:
-        """Estimate the time of passes over the data, up to the layers before the outputs, and of Gram matrices."""
+    def calibration(self, prepared: Prepared, rows: Mapping[str, int], products: Mapping[str, int], rate: float) -> dict[str, float]:
+        """Estimate the time of passes over the data, up to the last layer that is converted, and of Gram matrices.
+
+        Args:
+            prepared: The model, with the layers that are converted.
+            rows: Rows of what these read, by the name of the value.
+            products: Multiplications of all linear layers, those that stay float among them, by name.
+            rate: Floating-point operations a second.
+        """
         if prepared.data is None:
             return {}
         outputs = {value.name for value in prepared.model.graph.outputs}
-        sizes = {layer.name: rows[layer.reads] * layer.k * layer.n for layer in prepared.layers}
-        last = sum(sizes[layer.name] for layer in prepared.layers if layer.output.name in outputs)
-        share = 1 - last / max(sum(sizes.values()), 1)
+        inner = sum(products[layer.name] for layer in prepared.layers if layer.output.name not in outputs)
+        share = inner / max(sum(products.values()), 1)
         plan, whole = prepared.plan, self.batch * len(prepared.data)
         sums = sum(min(rows[name], k) * rows[name] * k for name, k in {layer.reads: layer.k for layer in prepared.layers}.items())
         feedback = plan.error_feedback is not None
         seconds = {"ranges": RANGES * whole} if plan.activations is not None else {}
         seconds |= {"differentiate": GRADIENTS * whole} if plan.output_hessian is not None else {}
-        passes, products = (PASSES, PAIRED_SUMS) if feedback else (1.0, SUMS)
-        return {**seconds, "calibrate": passes * share * whole + products * sums / rate}
+        passes, operations, stages = (PASSES, PAIRED_SUMS, len(rows)) if feedback else (1.0, SUMS, 0)
+        return {**seconds, "calibrate": passes * share * whole + operations * sums / rate + STAGE * stages}
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +311,7 @@ def _matrices(prepared: Prepared, rows: Mapping[str, int]) -> list[_Matrix]:
     return matrices
 
 
-def _solving(matrices: Sequence[_Matrix], context: RunContext) -> float:
+def _solving(matrices: Sequence[_Matrix], samples: int | None, context: RunContext) -> float:
     """Measure solvers on one problem of every number of inputs, and add up what all layers would take."""
     kinds: dict[tuple[int, int, int], list[_Matrix]] = {}
     for matrix in matrices:
@@ -285,7 +320,7 @@ def _solving(matrices: Sequence[_Matrix], context: RunContext) -> float:
     for index, ((k, count, _), alike) in enumerate(kinds.items()):
         steps(index, len(kinds))
         size, plan = min(k, MOST_INPUTS), alike[0].plan
-        stats = _made_up(size, -(-count * size // k), plan)
+        stats = _made_up(size, -(-count * size // k), HoldOut.of(samples) if plan.holds_out or plan.error_feedback is not None else NONE)
         widest = max(matrix.n for matrix in alike)
         counts = (min(FEW_COLUMNS, widest), min(MANY_COLUMNS, widest))
         low, high = (_solve_seconds(plan, stats, n) for n in counts)
@@ -300,17 +335,17 @@ def _solve_seconds(plan: Plan, stats: LayerStats, n: int) -> float:
     """Time the second of two solves: compiled loops, and what many layers share, are made in the first."""
     weight = 0.02 * np.random.default_rng(n).standard_normal((len(stats.mean), n), np.float32)
     activation = ActivationGrid.of_range(-4.0, 4.0) if plan.activations is not None else None
-    problem = LayerProblem(weight, None, stats, activation=activation)
+    hessian = np.eye(n) if plan.output_hessian is not None and n <= MAX_OUTPUTS else None
+    problem = LayerProblem(weight, None, stats, activation=activation, output_hessian=hessian)
     plan.solve(problem)
     return _seconds(lambda: plan.solve(problem))
 
 
-def _made_up(k: int, rows: int, plan: Plan) -> LayerStats:
+def _made_up(k: int, rows: int, hold_out: HoldOut) -> LayerStats:
     """Statistics of correlated rows of different magnitudes, held out as those of a run are."""
     if not rows:
         return LayerStats.data_free(k)
     rng = np.random.default_rng(k)
-    hold_out = HoldOut.of(None) if plan.holds_out or plan.error_feedback is not None else NONE
     parts = Parts(hold_out, k, partial(MomentAccumulator, k, few=few(rows, k)))
     mixing, scale = rng.standard_normal((16, k), np.float32), np.exp(0.3 * rng.standard_normal(k)).astype(np.float32)
     for index in range(HELD_OUT):
