@@ -33,6 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qdq": {"format": "qdq", "bits": 8},
     "dynamic-int8": {"format": "dynamic-int8"},
 }
+ALL: dict[str, Any] = {"include": ["*"]}
+"""Options with which layers are converted that a file is larger by, as most of small graphs are."""
 TOLERANCE = {"matmulnbits": 0.06, "qdq": 0.06, "qdq-int8": 0.3, "dynamic-int8": 0.15}
 """Of the largest output, by format, at 8 bits."""
 

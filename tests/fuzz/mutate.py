@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from magr_onnx.models.zoo import ZOO
 from tests.fuzz import isolated
 from tests.fuzz.generate import make
-from tests.fuzz.judge import OPTIONS, Outcome, judge
+from tests.fuzz.judge import ALL, OPTIONS, Outcome, judge
 from tests.fuzz.odd import make_odd
 
 GENERATED = 40
@@ -223,7 +223,7 @@ def run(seed: int, at: Callable[[str], None]) -> Outcome:
     rng = random.Random(-seed - 1)
     name = rng.choice(list(OPTIONS))
     calibration = base.calibration if rng.random() < 0.3 else None
-    options = OPTIONS[name] | ({"effort": "fast"} if calibration and rng.random() < 0.7 else {})
+    options = OPTIONS[name] | ALL | ({"effort": "fast"} if calibration and rng.random() < 0.7 else {})
     outcome = judge(data, base.feeds, options, calibration, at, base.files, same_numbers(data, base.model))
     if outcome.bug and outcome.layers + ("please report" in outcome.detail) and _lies(data, base.model):
         return Outcome("refused or wrong, where declared shapes are", outcome.detail)
