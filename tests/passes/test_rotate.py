@@ -504,7 +504,7 @@ def test_as_a_pass_by_itself() -> None:
     assert differ(before, outputs(model)) < 1e-5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_bundled_model(tmp_path: Path) -> None:
     divergence = {}
     for rotation in ("none", "on"):

@@ -180,7 +180,7 @@ def test_half_precision() -> None:
     assert relative(after.astype(np.float64), before.astype(np.float64)) < 2e-2
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_bundled_model(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     errors = []

@@ -84,7 +84,10 @@ TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bia
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 1.0), pytest.param(2, 32, 0.7, marks=pytest.mark.slow), (3, None, 0.6)])
+@pytest.mark.parametrize(
+    ("bits", "block", "bound"),
+    [(4, 32, 1.0), pytest.param(2, 32, 0.7, marks=pytest.mark.slow), pytest.param(3, None, 0.6, marks=pytest.mark.slow)],
+)
 def test_defaults_beat_textbook_gptq_beats_rounding(
     bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float, samples: Batches
 ) -> None:
