@@ -25,6 +25,7 @@ from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.moments import MomentAccumulator, split_stats
 from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.errors import translate_resource_errors
+from magr_onnx.model_io import files
 from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -37,6 +38,7 @@ from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import arithmetic, growth, size_model, tied_tables
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
+from magr_onnx.workflow.progress import duration
 from magr_onnx.workflow.request import OptimizeRequest, resolve
 
 MOST_INPUTS = 2048
@@ -65,7 +67,6 @@ CHECK_SECONDS, CHECK_PASSES, ARITHMETIC_PASSES = 0.4, 60, 40
 
 TARGETS = 1.5
 """Times as long as solvers take towards their weights' own outputs, where error feedback gives them others."""
-
 
 BASE = 200_000_000
 """Bytes of the process without any model."""
@@ -116,13 +117,6 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
         return asdict(self)
-
-
-def duration(seconds: float) -> str:
-    """Format a time in the unit that suits it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def forecast(model: Any = OMITTED, calibration: Source | None = OMITTED, **arguments: Unpack[Arguments]) -> Forecast:
@@ -177,7 +171,7 @@ def measure(request: OptimizeRequest) -> Forecast:
             seconds=seconds,
             memory=_memory(prepared, rows, context),
             bytes_before=prepared.bytes,
-            bytes_after=size_model.written_bytes(prepared.model, plans),
+            bytes_after=files.model_bytes(size_model.converted(prepared.model, plans)),
             notes=tuple(_left_out(prepared, request)),
         )
 
@@ -188,8 +182,6 @@ def _without_floats(prepared: Prepared, request: OptimizeRequest, context: RunCo
     Raises:
         ModelError: There is nothing else.
     """
-    if request.options is None or context.selection.include:
-        return prepared
     model, plan = prepared.model, prepared.plan
     tied = tied_tables.tied_weights(model, plan, context.selection) if request.budget is None else frozenset()
     layers, skips = growth.without_growing(model, prepared.layers, plan, tied, request)

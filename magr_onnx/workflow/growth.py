@@ -23,7 +23,7 @@ FEW_ROWS, FEW_WEIGHTS = 8, 4096
 def without_growing(
     base: ir.Model, layers: Sequence[LinearLayer], plan: Plan, tied: frozenset[str], request: OptimizeRequest
 ) -> tuple[list[LinearLayer], list[Skip]]:
-    """Leave out layers that would make the file larger, except those that have options of their own.
+    """Leave out layers that would make the file larger, except those that have options of their own, or where layers to include are named.
 
     Args:
         base: The model of the layers.
@@ -35,6 +35,8 @@ def without_growing(
     Returns:
         The layers to convert, and the reason for every other one.
     """
+    if request.options is None or request.patterns.selection.include:
+        return list(layers), []
     tables = tied_tables.tables_of(base, plan, request.patterns.selection, tied)
     layers, shared = split_shared(layers, others=[table.node for table in tables])
     # quantized sources are larger in float, budgets have a rule of their own, and backends want all of a graph

@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.types import ActivationGrid, LayerStats
-from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import tensor_bytes
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.linear import LinearLayer, find
@@ -59,11 +58,6 @@ def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = 
     for layer in layers:
         writer.write(layer, plans[layer.name])
     return copy
-
-
-def written_bytes(model: ir.Model, plans: Mapping[str, Plan]) -> int:
-    """Bytes of a file with every layer named in ``plans`` converted."""
-    return files.model_bytes(converted(model, plans))
 
 
 class Writer:

@@ -255,9 +255,8 @@ def _set_up(
     tapped = subgraphs.tap_subgraphs(model, layers, data, plan, context.provider, context.memory.large)
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
-    if request.options is not None and not context.selection.include:
-        layers, larger = growth.without_growing(base, layers, plan, tied, request)
-        skips += larger
+    layers, larger = growth.without_growing(base, layers, plan, tied, request)
+    skips += larger
     if plan.rules is not None:
         skips += [skip_of(layer.node, Reason.SUBGRAPH, "format qdq-full rounds the main graph only") for layer in layers if layer.nested]
         layers = [layer for layer in layers if not layer.nested]
