@@ -24,8 +24,8 @@ from magr_onnx.workflow.mixed_precision import MEASURED, split_of
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 from magr_onnx.workflow.solve import Solved
+from magr_onnx.workflow.solve_or_round import solve_or_round
 from magr_onnx.workflow.wide_inputs import NOTHING, is_spent_on_activations, may_be_float, with_share
-from magr_onnx.workflow.without_data import solve_or_round
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Of the work, what may be done in 16 bits: tried by bisection, nothing first."""

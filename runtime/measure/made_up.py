@@ -20,15 +20,16 @@ from magr_onnx.report.serialization import decode, plain
 from magr_onnx.report.validation import Validation
 from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
+from magr_onnx.runtime.measure import noise
 from magr_onnx.runtime.measure.recording import bytes_of
-from magr_onnx.runtime.measure.validate import compare_outputs, validate
+from magr_onnx.runtime.measure.validate import validate
 from magr_onnx.runtime.ort import worker
-from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session, available_provider
+from magr_onnx.runtime.ort.session import Arithmetic, Session, available_provider
 
-SECONDS = 30.0  # most for a comparison, without what large models take
+SECONDS = 30.0  # most for a check of the result, without what large models take
+CHOOSING = 300.0  # most for a choice between candidates: the choice is to be the same on a busy machine
 DRAWS, MOST_DRAWS = 4, 32  # inputs of each kind that candidates are compared on
 NUMBERS = 128  # that models put out for them, in so many draws: of fewer, such as a scalar for each, the better is found by chance
-EXACT = 1e-15  # noise that none is taken for
 _TIMING = 1.0  # seconds
 
 
@@ -56,7 +57,8 @@ def check(float_model: ir.Model | Path, quantized_model: ir.Model | Path, provid
 def noises(float_model: ir.Model | Path, candidates: Sequence[ir.Model], provider: str, mask: str | None) -> Array:
     """Measure candidates on two kinds of made-up inputs, whose floats are normal or uniform between 0 and 1, `DRAWS` of each or more.
 
-    It takes the loading of the models and as many passes, in the worker process, and as long as `check` at most.
+    It takes the loading of the models and as many passes, in the worker process, and at most `CHOOSING` and what
+    `worker.run_in_worker` adds by size.
 
     Returns:
         The noise of the outputs relative to their energy, the mean over outputs, by kind and candidate ``(2, candidates)``.
@@ -68,7 +70,7 @@ def noises(float_model: ir.Model | Path, candidates: Sequence[ir.Model], provide
     name, size = available_provider(provider).onnxruntime, sum(map(bytes_of, (float_model, *candidates)))
     with contextlib.ExitStack() as stack:
         a, *others = (stack.enter_context(worker.as_file(model)) for model in (float_model, *candidates))
-        answer = worker.run_in_worker(measure, size, SECONDS, float_model=a, candidates=others, provider=name, mask=mask)
+        answer = worker.run_in_worker(measure, size, CHOOSING, float_model=a, candidates=others, provider=name, mask=mask)
     return np.array(answer, np.float64)
 
 
@@ -83,12 +85,7 @@ def measure(float_model: str, candidates: Sequence[str], provider: str, mask: st
         draws = min(max(DRAWS, -(-NUMBERS // max(numbers, 1))), MOST_DRAWS)
         normal += itertools.islice(feeds, draws - 1)
         kinds = [normal, [uniform(batch, mask, seed) for seed, batch in enumerate(normal)]]
-        return [_noises(reference, sessions, batches, mask) for batches in kinds]
-
-
-def _noises(reference: Session, sessions: Sequence[Session], batches: Sequence[Batch], mask: str | None) -> list[float]:
-    outputs, _ = compare_outputs(reference, {str(i): s for i, s in enumerate(sessions)}, in_memory(batches, "made-up inputs"), mask)
-    return [float(np.mean([10 ** (-m.sqnr_db / 10) for m in metrics] or [0.0])) for metrics in outputs.values()]
+        return [noise.of_sessions(reference, sessions, in_memory(batches, "made-up inputs"), mask).tolist() for batches in kinds]
 
 
 def compare(float_model: str, quantized_model: str, provider: str, mask: str | None) -> dict[str, Any]:

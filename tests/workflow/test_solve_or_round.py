@@ -1,4 +1,4 @@
-"""Runs without data: nearest codes are taken where they lose less at the outputs."""
+"""Nearest codes are taken where they lose less at the outputs, on made-up inputs or on calibration data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import onnx_ir as ir
 import magr_onnx
 from magr_onnx.models.zoo.trap import model
 from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.runtime.data.sources import in_memory
+from magr_onnx.runtime.measure.noise import noises
 from magr_onnx.runtime.ort.session import Session
 
 K = 96
@@ -99,3 +101,58 @@ def test_no_kind_of_inputs_loses_to_nearest_codes() -> None:
             assert ratio < 10**0.1, seed
             better += ratio < 0.8
     assert better > 5
+
+
+CONVOLUTIONS = """g (float[n, 1, 20, 20] x) => (float[n, 1, 20, 20] y) {
+    a = Conv <pads = [1, 1, 1, 1]> (x, u, c)
+    b = Relu(a)
+    d = Conv <pads = [1, 1, 1, 1]> (b, v, e)
+    h = Relu(d)
+    z = Conv <pads = [1, 1, 1, 1]> (h, w, f)
+    y = Sigmoid(z)
+}"""
+
+
+def detector(seed: int) -> ir.Model:
+    """Three convolutions, whose output is near 0 nearly everywhere: what counts are its few peaks."""
+    rng = np.random.default_rng(seed)
+    u, v, w, c, e = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 1, 3, 3), (8, 8, 3, 3), (1, 8, 3, 3), 8, 8))
+    return ir.from_proto(model(CONVOLUTIONS, u=u, v=v / 4, w=w / 2, c=c, e=e, f=np.array([-6], np.float32)))
+
+
+def images(seed: int, count: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal((count, 1, 20, 20)).astype(np.float32)}
+
+
+def test_data_do_not_make_a_model_worse_than_nearest_codes() -> None:
+    """Layers of convolutional networks have less error each, and the output more, now and then."""
+    chosen = 0
+    for seed in range(4):
+        source, data = detector(seed), images(100 + seed, 8)
+        nearest, _ = magr_onnx.optimize(source, conv_bits=3, quantizer="rtn", include="*")
+        made, report = magr_onnx.optimize(source, data, conv_bits=3, include="*")
+        rounded = any("rounded to nearest: on calibration data" in note for note in report.notes)
+        with Session(source) as a, Session(nearest) as b, Session(made) as c:
+            expected, *others = (session.run(data)[0] for session in (a, b, c))
+        of_nearest, of_made = (float(np.square(y - expected).sum()) for y in others)
+        assert of_made <= of_nearest, seed
+        if rounded:
+            codes = read_weights(nearest)
+            assert {name: weight.tolist() for name, weight in read_weights(made).items()} == {n: w.tolist() for n, w in codes.items()}
+            assert report.calibration.startswith("8 ") or "8 samples" in report.calibration
+        chosen += rounded
+    assert 0 < chosen < 4
+
+
+def test_neither_with_a_quantizer_that_is_named_nor_under_a_budget() -> None:
+    source, data = detector(1), images(101, 8)
+    for options in ({"quantizer": "gptq", "conv_bits": 3}, {"max_loss": "50%"}):
+        report = magr_onnx.optimize(source, data, include="*", **options).report
+        assert not any("rounded to nearest" in note for note in report.notes)
+
+
+def test_noise_is_the_mean_over_outputs_relative_to_their_energy() -> None:
+    text = "g (float[n, 4] x) => (float[n, 4] y, float[n, 4] z) { y = Mul(x, a) z = Mul(x, b) }"
+    one, other = (ir.from_proto(model(text, a=np.array(a, np.float32), b=np.array(b, np.float32))) for a, b in ((1, 2), (1.1, 2.1)))
+    data = in_memory([{"x": np.random.default_rng(i).standard_normal((3, 4)).astype(np.float32)} for i in range(2)], "random")
+    np.testing.assert_allclose(noises(one, [one, other], data, "cpu", None), [0, (0.1**2 + 0.05**2) / 2], rtol=1e-4, atol=1e-12)

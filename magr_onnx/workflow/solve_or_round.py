@@ -1,0 +1,121 @@
+"""The solution, or nearest codes where these are better at the outputs of the model.
+
+Errors of layers do not say all: those that a solution lets cancel need not be those that add up. Where a model has few outputs, or nearly
+the same for all inputs, one sum of errors is most of its error, and that of the nearest codes is smaller by chance now and then; and what
+lessens the error of a convolution can add to that behind the activations after it. So the nearest codes are made as well, without data,
+which is cheap, and both are compared at the outputs of the model: on calibration data, of which the nearest codes have seen nothing, or on
+made-up inputs; at the floats before outputs that are labels, indices or text, which few errors change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.types import Array
+from magr_onnx.errors import MagrError
+from magr_onnx.model_io.legacy import read
+from magr_onnx.passes import Plan
+from magr_onnx.passes.instrument.last_floats import last_floats, puts_out_floats, with_outputs
+from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure import made_up
+from magr_onnx.runtime.measure.layer_errors import output_elements, some
+from magr_onnx.runtime.measure.noise import EXACT, noises
+from magr_onnx.workflow.context import RunContext, Stopwatch
+from magr_onnx.workflow.prepare import Prepared
+from magr_onnx.workflow.request import OptimizeRequest
+from magr_onnx.workflow.solve import Solved, solve
+
+TOLERANCE = 0.3
+"""dB that a solution may lose to nearest codes on one kind of made-up inputs."""
+MOST_WEIGHTS = 20_000_000
+"""Of a model with data whose nearest codes are tried: rounding it takes a second, and runs of it little more."""
+
+
+def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
+    """Solve, or return the nearest codes where they lose less at the outputs.
+
+    That is in dB: on a few batches of calibration data, those kept back if there are any; or on average over the kinds of made-up inputs,
+    or by more than `TOLERANCE` on one of them: the model's own may be of that kind.
+
+    That is where the quantizer is left open and the model can be run as a whole; with data, of models up to `MOST_WEIGHTS`, whose losses no
+    budget limits. It takes the time of rounding, and of a few runs.
+
+    Raises:
+        MagrError: As `solve`.
+    """
+    context = replace(context, known={}) if context.known is None else context
+    solved = solve(prepared, request, context)
+    if not _is_open(prepared, request, solved, context):
+        return solved
+    quiet = replace(context, progress=lambda *_: None, on_layer=None, store=None, stopwatch=Stopwatch())
+    plan = _rounding(prepared.plan)
+    data = prepared.data if plan.input_grids == "static" else None
+    try:
+        rounded = solve(replace(prepared, plan=plan, data=data), request, quiet)
+        reference, candidates = _with_floats(prepared.reference, [solved.model, rounded.model])
+        noise = _noises(reference, candidates, prepared, solved.data, context)
+    except MagrError as error:
+        note = f"nearest codes were not tried: {str(error).splitlines()[0]}"
+        return replace(solved, notes=[*solved.notes, note])
+    context.lap("compare")
+    losses = np.subtract(*10 * np.log10(np.maximum(noise, EXACT)).T)
+    if not (losses.mean() > 0 or losses.max() > TOLERANCE):  # or they are not numbers
+        return solved
+    where, than = ("made-up inputs", "without data") if solved.data is None else ("calibration data", "with it")
+    assert prepared.plan.quantize is not None
+    better = f"up to {losses.max():.1f} dB better than {prepared.plan.quantize.method} {than}"
+    note = f"rounded to nearest: on {where}, that is {better}"
+    return replace(rounded, plan=replace(rounded.plan, rewrites=prepared.plan.rewrites), data=solved.data, notes=[*solved.notes, note])
+
+
+def _is_open(prepared: Prepared, request: OptimizeRequest, solved: Solved, context: RunContext) -> bool:
+    """Whether nearest codes may be the result, and can be compared."""
+    named = request.options is None or request.options.get("quantizer") is not None
+    if named or context.memory.large or prepared.plan.quantize is None:
+        return False
+    if solved.plan.accumulator is not None:  # nearest codes need not fit it
+        return False
+    if solved.data is None:
+        return True
+    convolutions = [other for other in prepared.others if isinstance(other, ConvLayer)]
+    weights = sum(layer.k * layer.n for layer in prepared.layers) + sum(c.group * c.k * c.n for c in convolutions)
+    return solved.search is None and weights <= MOST_WEIGHTS
+
+
+def _rounding(plan: Plan) -> Plan:
+    """Return the plan that rounds the same layers to nearest, without data but for ranges; its rewrites have been carried out."""
+    assert plan.quantize is not None
+    convolutions = None if plan.convolutions is None else replace(plan.convolutions, feedback=False)
+    rounding = plan.quantize.by(rtn.QUANTIZER.name)
+    without = Plan(activations=plan.activations, emitter=plan.emitter, recurrent=plan.recurrent, embeddings=plan.embeddings)
+    return replace(without, low_rank=plan.low_rank, quantize=rounding, convolutions=convolutions)
+
+
+def _noises(
+    reference: Path | ir.Model, candidates: Sequence[ir.Model], prepared: Prepared, data: Batches | None, context: RunContext
+) -> Array:
+    """Measure the noise of candidates on a few batches of data ``(1, candidates)``, or on made-up inputs ``(kinds, candidates)``."""
+    if data is None:
+        return made_up.noises(reference, candidates, context.provider, context.mask)
+    data = prepared.kept_back or data
+    few = some(data, output_elements(prepared.model, data))
+    return noises(reference, candidates, few, context.provider, context.mask)[None]
+
+
+def _with_floats(reference: Path | ir.Model, candidates: list[ir.Model]) -> tuple[Path | ir.Model, list[ir.Model]]:
+    """Return models to compare: copies that put out `last_floats`, where all of them have these, else the models as they are."""
+    if puts_out_floats(candidates[0]):
+        return reference, candidates
+    model = reference if isinstance(reference, ir.Model) else read(reference)
+    if names := last_floats(model):
+        copies = [copy for each in (model, *candidates) if (copy := with_outputs(each, names)) is not None]
+        if len(copies) > len(candidates):
+            return copies[0], copies[1:]
+    return reference, candidates
