@@ -197,11 +197,12 @@ def completing(
     source: subgraphs.TappedModel,
     hessian: fisher.Fisher | None,
     calibration: CalibrationContext | None,
+    measured: bool,
 ) -> Callable[[LinearLayer, LayerProblem], LayerProblem]:
-    """A function that adds to a layer's problem what calibration found beside the moments of its input."""
+    """A function that adds to a layer's problem what calibration found beside the moments of its input, if these were ``measured``."""
 
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
-        data_free = calibration is not None and problem.stats.is_data_free
+        data_free = measured and problem.stats.is_data_free
         moments = result.targets.get(layer.name)
         return replace(
             activation_ranges.with_grids(problem, layer, {} if calibration is None else calibration.grids),

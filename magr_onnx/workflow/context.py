@@ -90,6 +90,7 @@ class RunContext:
         workers: Where layers are solved; None for this process.
         stopwatch: Wall time by stage.
         known: What was measured of the float model, while a search makes several models of it; None where only one is made.
+        fits_weights: Whether data are for weights, too; if not, for ranges of activations alone, of a model that has been rewritten.
     """
 
     provider: str
@@ -103,6 +104,7 @@ class RunContext:
     workers: Cluster | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     known: dict[Hashable, Any] | None = None
+    fits_weights: bool = True
 
     def once(self, key: Hashable, measure: Callable[[], T]) -> T:
         """Measure what does not depend on what a search tries; return what was measured before, where that is kept."""

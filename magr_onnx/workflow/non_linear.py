@@ -79,7 +79,7 @@ def convert(
     if layers:
         context.lap("convolutions")
     convolutions = len(result.rows)
-    recurrent.convert(result, model, work, plan, fit, context)
+    recurrent.convert(result, model, work, plan, fit if context.fits_weights else None, context)
     if len(result.rows) > convolutions:
         context.lap("recurrent")
     for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:])):
@@ -181,10 +181,11 @@ def convert_convolutions(
     grids = {layer.name: rounded[str(layer.x.name)] for layer in integers}
     source = work.clone() if rounded else model  # what convolutions read is rounded there
     unmeasured: dict[str, str] = {}
-    if data is not None:
-        unmeasured |= conv_patches.unmeasured(source, ordered, data, context.provider, patch_limit)
+    fit = data if context.fits_weights else None
+    if fit is not None:
+        unmeasured |= conv_patches.unmeasured(source, ordered, fit, context.provider, patch_limit)
     models = conv_statistics.ConvModels(model, work, source, {*rounded})
-    for readers, stats, targets in conv_statistics.gather(models, ordered, data, stage.feedback, context, unmeasured):
+    for readers, stats, targets in conv_statistics.gather(models, ordered, fit, stage.feedback, context, unmeasured):
         multiplied = any(layer.name in grids for layer in readers)
         solved = solve_weight(readers, stats, plan, multiplied, targets)
         solutions = integer_convolutions.with_room_for_biases(readers, solved, grids)

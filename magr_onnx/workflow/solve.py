@@ -178,7 +178,9 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         MagrError: Whatever goes wrong on the way.
     """
     model = prepared.model
-    notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
+    notes = list[str]()
+    if context.fits_weights:
+        notes += [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
     fit = non_linear.data_to_fit(prepared.data, request.budget)
     floats = context.once("slower in integers", lambda: integer_speed.slower(model, prepared.plan, fit, request.options, context))
     notes += floats.notes
@@ -279,7 +281,7 @@ def _set_up(
         missing = [layer for layer in reached if (layer.reads, rounded.get(layer.reads)) not in measured]
         new = activation_ranges.choose_grids(tapped.model, missing, calibration, plan, rounded, steps)
         measured |= {(name, rounded.get(name)): choice for name, choice in new.items()}
-        grids: Grids = {**{layer.reads: measured[layer.reads, rounded.get(layer.reads)] for layer in reached}, **new}
+        grids: Grids = {name: choice for (name, grid), choice in measured.items() if grid == rounded.get(name)}
         may_widen = plan.rules is not None or bool(wide_inputs.may_widen(tapped.model, reached, grids, rounded))
         if widens:
             grids, remarks = wide_inputs.widen(tapped.model, reached, grids, plan, rounded, calibration, context)
@@ -350,7 +352,8 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
     calibration = setup.calibration
     if calibration is not None:
         calibration = replace(calibration, hold_out=HoldOut.of(calibration.data.samples) if held_out else NONE)
-    for stage, (group, gathered) in enumerate(gather(models, layers, calibration, plan.error_feedback is not None, context)):
+    fit, feedback = calibration if context.fits_weights else None, plan.error_feedback is not None
+    for stage, (group, gathered) in enumerate(gather(models, layers, fit, feedback, context)):
         done.stages |= {layer.name: stage for layer in group}
         for name in gathered.unmasked:
             if name in readers_by_input:
@@ -360,7 +363,7 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         context.lap("calibrate")
         if not done.rows:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-        complete = completing(gathered, models.tapped, hessian, calibration)
+        complete = completing(gathered, models.tapped, hessian, calibration, fit is not None)
         finished = _releasing(partial(done.finish, context), group, gathered)
         run_layers(plan, group, partial(_known, gathered.stats), finished, complete, plans, context.store, context.workers)
         context.lap("quantize")

@@ -44,21 +44,19 @@ def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunCon
     That is in dB: on a few batches of calibration data, those kept back if there are any; or on average over the kinds of made-up inputs,
     or by more than `TOLERANCE` on one of them: the model's own may be of that kind.
 
-    That is where the quantizer is left open and the model can be run as a whole; with data, of models up to `MOST_WEIGHTS`, whose losses no
-    budget limits. It takes the time of rounding, and of a few runs.
+    That is where the quantizer is left open and the model can be run as a whole; with data, where there are convolutions, up to
+    `MOST_WEIGHTS`, and no budget limits the loss: linear layers are compared with nearest codes one by one. It takes the time of rounding,
+    and of a few runs.
 
     Raises:
         MagrError: As `solve`.
     """
-    context = replace(context, known={}) if context.known is None else context
     solved = solve(prepared, request, context)
     if not _is_open(prepared, request, solved, context):
         return solved
-    quiet = replace(context, progress=lambda *_: None, on_layer=None, store=None, stopwatch=Stopwatch())
-    plan = _rounding(prepared.plan)
-    data = prepared.data if plan.input_grids == "static" else None
+    quiet = replace(context, progress=lambda *_: None, on_layer=None, store=None, stopwatch=Stopwatch(), fits_weights=False)
     try:
-        rounded = solve(replace(prepared, plan=plan, data=data), request, quiet)
+        rounded = solve(replace(prepared, plan=_rounding(prepared.plan)), request, quiet)
         reference, candidates = _with_floats(prepared.reference, [solved.model, rounded.model])
         noise = _noises(reference, candidates, prepared, solved.data, context)
     except MagrError as error:
@@ -72,7 +70,7 @@ def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunCon
     assert prepared.plan.quantize is not None
     better = f"up to {losses.max():.1f} dB better than {prepared.plan.quantize.method} {than}"
     note = f"rounded to nearest: on {where}, that is {better}"
-    return replace(rounded, plan=replace(rounded.plan, rewrites=prepared.plan.rewrites), data=solved.data, notes=[*solved.notes, note])
+    return replace(rounded, notes=[*solved.notes, note])
 
 
 def _is_open(prepared: Prepared, request: OptimizeRequest, solved: Solved, context: RunContext) -> bool:
@@ -86,16 +84,15 @@ def _is_open(prepared: Prepared, request: OptimizeRequest, solved: Solved, conte
         return True
     convolutions = [other for other in prepared.others if isinstance(other, ConvLayer)]
     weights = sum(layer.k * layer.n for layer in prepared.layers) + sum(c.group * c.k * c.n for c in convolutions)
-    return solved.search is None and weights <= MOST_WEIGHTS
+    return bool(convolutions) and solved.search is None and weights <= MOST_WEIGHTS
 
 
 def _rounding(plan: Plan) -> Plan:
-    """Return the plan that rounds the same layers to nearest, without data but for ranges; its rewrites have been carried out."""
+    """Return the plan that rounds the same layers to nearest, and does nothing else for them."""
     assert plan.quantize is not None
     convolutions = None if plan.convolutions is None else replace(plan.convolutions, feedback=False)
     rounding = plan.quantize.by(rtn.QUANTIZER.name)
-    without = Plan(activations=plan.activations, emitter=plan.emitter, recurrent=plan.recurrent, embeddings=plan.embeddings)
-    return replace(without, low_rank=plan.low_rank, quantize=rounding, convolutions=convolutions)
+    return replace(plan, error_feedback=None, output_hessian=None, magr=None, bias=None, quantize=rounding, convolutions=convolutions)
 
 
 def _noises(

@@ -23,7 +23,7 @@ from magr_onnx.workflow.goal import Goal
 from magr_onnx.workflow.mixed_precision import MEASURED, split_of
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
-from magr_onnx.workflow.solve import Solved
+from magr_onnx.workflow.solve import Solved, solve
 from magr_onnx.workflow.solve_or_round import solve_or_round
 from magr_onnx.workflow.wide_inputs import NOTHING, is_spent_on_activations, may_be_float, with_share
 
@@ -50,7 +50,7 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
         data = prepared.data if split is None or budget is not None else split.rest
         plan = with_share(prepared.plan, share) if widens and (prepared.layers or not floats) else prepared.plan
         copy = replace(prepared, model=prepared.model.clone(), plan=plan, data=data)  # solving changes it
-        return solve_or_round(replace(copy, float_share=share if floats else 0.0), replace(request, budget=budget), context)
+        return solve(replace(copy, float_share=share if floats else 0.0), replace(request, budget=budget), context)
 
     def keeps(share: float, solved: Solved) -> bool:
         tried[share] = measure.of_model(solved.model)

@@ -252,6 +252,7 @@ def perplexity(path: Path, ids: Array) -> float:
     return -float(np.log(np.take_along_axis(probabilities, ids[:, 1:, None], -1)).mean())
 
 
+@pytest.mark.slow
 def test_the_bundled_model_from_text_to_perplexity(tmp_path: Path) -> None:
     """Text calibrates and measures; the figures are those of the tokens themselves."""
     source = bundled.MODEL

@@ -161,8 +161,8 @@ def test_one_model_is_made_where_no_input_can_have_16_bits(monkeypatch: pytest.M
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(random(8, 5, seed=i), name) for i, name in enumerate("wv"))
     data = {"x": random(64, 8, scale=1.0)}
     made = []
-    solve = wide_search.solve_or_round
-    monkeypatch.setattr(wide_search, "solve_or_round", lambda *a: made.append(a[1].budget) or solve(*a))
+    solve = wide_search.solve
+    monkeypatch.setattr(wide_search, "solve", lambda *a: made.append(a[1].budget) or solve(*a))
     report = magr_onnx.optimize(proto, data, max_loss="1e-9", format="qdq-int8", include=["*"], **QUICK).report
     assert list(shares(report)) == [0]
     assert len(made) == 2  # and one with layers in float
