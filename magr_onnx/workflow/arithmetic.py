@@ -15,7 +15,7 @@ from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.validation import Latency
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.int8_inputs import is_causal, time_int8
-from magr_onnx.runtime.measure.layer_errors import output_elements, some
+from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.measure.validate import comparing_with
 from magr_onnx.runtime.ort.session import Arithmetic
 from magr_onnx.workflow.context import RunContext
@@ -91,7 +91,7 @@ def _accurate(
         return [node for node in nodes if attribute_of(node, "bits", 4) <= UNMEASURED_BITS], math.nan
     if not nodes:
         return [], math.nan
-    few = some(data, output_elements(prepared.model, data))
+    few = some_for(prepared.model, data)
     with comparing_with(prepared.reference, few, context.provider, context.mask, losses=False) as compare:
 
         def decibels() -> dict[str, float]:

@@ -33,7 +33,7 @@ from magr_onnx.report.data import megabytes
 from magr_onnx.runtime.calibration.fisher import MAX_OUTPUTS
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Source, run_batches
-from magr_onnx.runtime.measure.layer_errors import output_elements, some
+from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import arithmetic, growth, size_model, tied_tables
 from magr_onnx.workflow.context import RunContext
@@ -255,7 +255,7 @@ class _Passes:
             first = next(iter(data))
             session.run(first)
             batch = min(_seconds(partial(session.run, first)) for _ in range(2))
-        few_batches = some(data, output_elements(prepared.model, data))
+        few_batches = some_for(prepared.model, data)
         return _Passes(batch, 2 * len(few_batches) * batch + CHECK_SECONDS + CHECK_PASSES * batch)
 
     def calibration(self, prepared: Prepared, rows: Mapping[str, int], products: Mapping[str, int], rate: float) -> dict[str, float]:

@@ -26,7 +26,7 @@ from magr_onnx.report.validation import Validation, amount
 from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.measure import made_up
 from magr_onnx.runtime.measure import validate as validation
-from magr_onnx.runtime.measure.layer_errors import output_elements, some
+from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.ort.session import Arithmetic
 from magr_onnx.workflow import arithmetic, wide_search
 from magr_onnx.workflow.context import RunContext
@@ -149,7 +149,7 @@ def _check(prepared: Prepared, solved: Solved, result: Path | ir.Model, context:
             check = made_up.check(prepared.reference, result, provider, mask)
         else:
             data, exact = prepared.kept_back or solved.data, (Arithmetic.DEFAULT,)
-            data = some(data, output_elements(prepared.model, data))
+            data = some_for(prepared.model, data)
             check = validation.validate(
                 prepared.reference, result, data, provider=provider, arithmetics=exact, mask=mask, details=("layers", "latency")
             )

@@ -177,10 +177,12 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         ModelError: Nothing can be converted after all.
         MagrError: Whatever goes wrong on the way.
     """
-    model = prepared.model
     notes = list[str]()
     if context.fits_weights:
-        notes += [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
+        notes += [*_rewrite(prepared, context), *integer_convolutions.equalize(prepared.model, prepared.plan, prepared.data, context)]
+    if prepared.plan.input_grids == "static":  # values of this one are marked
+        prepared = replace(prepared, model=prepared.model.clone())
+    model = prepared.model
     fit = non_linear.data_to_fit(prepared.data, request.budget)
     floats = context.once("slower in integers", lambda: integer_speed.slower(model, prepared.plan, fit, request.options, context))
     notes += floats.notes

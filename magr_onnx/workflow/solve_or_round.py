@@ -25,7 +25,7 @@ from magr_onnx.passes.instrument.last_floats import last_floats, puts_out_floats
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import made_up
-from magr_onnx.runtime.measure.layer_errors import output_elements, some
+from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.measure.noise import EXACT, noises
 from magr_onnx.workflow.context import RunContext, Stopwatch
 from magr_onnx.workflow.prepare import Prepared
@@ -35,7 +35,7 @@ from magr_onnx.workflow.solve import Solved, solve
 TOLERANCE = 0.3
 """dB that a solution may lose to nearest codes on one kind of made-up inputs."""
 MOST_WEIGHTS = 20_000_000
-"""Of a model with data whose nearest codes are tried: rounding it takes a second, and runs of it little more."""
+"""Of a network of convolutions with data whose nearest codes are tried: rounding takes as long as there are weights."""
 
 
 def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
@@ -51,6 +51,7 @@ def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunCon
     Raises:
         MagrError: As `solve`.
     """
+    context = replace(context, known={}) if context.known is None else context  # ranges, and what is slower in integers, are measured once
     solved = solve(prepared, request, context)
     if not _is_open(prepared, request, solved, context):
         return solved
@@ -101,8 +102,7 @@ def _noises(
     """Measure the noise of candidates on a few batches of data ``(1, candidates)``, or on made-up inputs ``(kinds, candidates)``."""
     if data is None:
         return made_up.noises(reference, candidates, context.provider, context.mask)
-    data = prepared.kept_back or data
-    few = some(data, output_elements(prepared.model, data))
+    few = some_for(prepared.model, prepared.kept_back or data)
     return noises(reference, candidates, few, context.provider, context.mask)[None]
 
 

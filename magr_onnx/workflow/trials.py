@@ -11,7 +11,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.rewrites.base import Trial
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import made_up
-from magr_onnx.runtime.measure.layer_errors import output_elements, some
+from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session, as_floats
 from magr_onnx.workflow.context import RunContext
@@ -29,7 +29,7 @@ class OnData(Trial):
     @staticmethod
     def of(model: ir.Model, data: Batches, context: RunContext) -> OnData:
         """Run a model on a few batches."""
-        few = some(data, output_elements(model, data))
+        few = some_for(model, data)
         with Session(model, context.provider) as session:
             return OnData(Reference(session, few, context.mask), [list(map(as_floats, session.run(b))) for b in few], few, context.provider)
 

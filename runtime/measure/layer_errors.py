@@ -137,6 +137,11 @@ def layer_errors(
     return tuple(LayerMetrics(name, s.error, scope) for name, s, scope in zip(names, sums, scopes, strict=True) if s.rows)
 
 
+def some_for(model: ir.Model, data: Batches) -> Batches:
+    """Select batches to compare the outputs of ``model`` with another's on."""
+    return some(data, output_elements(model, data))
+
+
 def some(data: Batches, elements: int) -> Batches:
     """Select batches to compare models on: a few, or more where they are small; ``elements`` of outputs are compared in a batch."""
     count = math.ceil(SAMPLES * len(data) / data.samples) if data.samples else 0

@@ -20,9 +20,9 @@ from magr_onnx.report.serialization import decode, plain
 from magr_onnx.report.validation import Validation
 from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
-from magr_onnx.runtime.measure import noise
+from magr_onnx.runtime.measure.noise import mean_noise
 from magr_onnx.runtime.measure.recording import bytes_of
-from magr_onnx.runtime.measure.validate import validate
+from magr_onnx.runtime.measure.validate import compare_outputs, validate
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Arithmetic, Session, available_provider
 
@@ -85,7 +85,9 @@ def measure(float_model: str, candidates: Sequence[str], provider: str, mask: st
         draws = min(max(DRAWS, -(-NUMBERS // max(numbers, 1))), MOST_DRAWS)
         normal += itertools.islice(feeds, draws - 1)
         kinds = [normal, [uniform(batch, mask, seed) for seed, batch in enumerate(normal)]]
-        return [noise.of_sessions(reference, sessions, in_memory(batches, "made-up inputs"), mask).tolist() for batches in kinds]
+        by_name = {str(i): session for i, session in enumerate(sessions)}
+        compared = [compare_outputs(reference, by_name, in_memory(b, "made-up inputs"), mask, losses=False)[0] for b in kinds]
+        return [[*map(mean_noise, of_kind.values())] for of_kind in compared]
 
 
 def compare(float_model: str, quantized_model: str, provider: str, mask: str | None) -> dict[str, Any]:

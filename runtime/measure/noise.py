@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
+from magr_onnx.report.validation import OutputMetrics
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.validate import compare_outputs
-from magr_onnx.runtime.ort.session import Session
+from magr_onnx.runtime.measure.validate import comparing_with
+from magr_onnx.runtime.ort.session import Arithmetic
 
 EXACT = 1e-15  # noise that none is taken for
 
@@ -34,12 +34,10 @@ def noises(reference: Path | ir.Model, candidates: Sequence[Path | ir.Model], da
         ModelError: They have no output in common.
         RuntimeFailure: A model does not run.
     """
-    with contextlib.ExitStack() as stack:
-        exact, *sessions = (stack.enter_context(Session(model, provider)) for model in (reference, *candidates))
-        return of_sessions(exact, sessions, data, mask)
+    with comparing_with(reference, data, provider, mask, losses=False) as compare:
+        return np.array([mean_noise(compare(model, Arithmetic.DEFAULT, None).outputs) for model in candidates])
 
 
-def of_sessions(reference: Session, sessions: Sequence[Session], data: Batches, mask: str | None) -> Array:
-    """Measure `noises` of models that are loaded."""
-    outputs, _ = compare_outputs(reference, {str(i): s for i, s in enumerate(sessions)}, data, mask, losses=False)
-    return np.array([np.mean([10 ** (-m.sqnr_db / 10) for m in metrics] or [0.0]) for metrics in outputs.values()])
+def mean_noise(outputs: Sequence[OutputMetrics]) -> float:
+    """Return the mean over outputs of their noise relative to their energy; 0 of none."""
+    return float(np.mean([10 ** (-output.sqnr_db / 10) for output in outputs] or [0.0]))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 import magr_onnx
 from magr_onnx.models.zoo.trap import model
@@ -11,6 +14,7 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.data.sources import in_memory
 from magr_onnx.runtime.measure.noise import noises
 from magr_onnx.runtime.ort.session import Session
+from magr_onnx.workflow import solve_or_round
 
 K = 96
 TEXT = """g (float[n, 16] x) => (float[n, 1] y) {
@@ -142,6 +146,29 @@ def test_data_do_not_make_a_model_worse_than_nearest_codes() -> None:
             assert report.calibration.startswith("8 ") or "8 samples" in report.calibration
         chosen += rounded
     assert 0 < chosen < 4
+
+
+@pytest.mark.parametrize("options", [{"format": "qdq-int8"}, {"format": "qdq-full", "backend": "coreml"}], ids=["qdq-int8", "qdq-full"])
+def test_nearest_codes_are_in_the_same_graph(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison is of codes alone: the same values are rounded, to the same grids, and the same nodes stay float."""
+    made: list[ir.Model] = []
+    solve = solve_or_round.solve
+
+    def kept(*arguments: Any) -> solve_or_round.Solved:
+        solved = solve(*arguments)
+        made.append(solved.model)
+        return solved
+
+    def grids(found: ir.Model) -> dict[str, list[float]]:
+        nodes = [node for node in found.graph if node.op_type == "QuantizeLinear"]
+        return {str(n.inputs[0].name): [v.const_value.numpy().tolist() for v in n.inputs[1:]] for n in nodes}  # type: ignore[union-attr]
+
+    monkeypatch.setattr(solve_or_round, "solve", kept)
+    magr_onnx.optimize(detector(0), images(100, 8), **options)
+    first, second = made
+    assert [node.op_type for node in first.graph] == [node.op_type for node in second.graph]
+    assert grids(first) == grids(second)
+    assert len(grids(first)) > 0
 
 
 def test_neither_with_a_quantizer_that_is_named_nor_under_a_budget() -> None:
