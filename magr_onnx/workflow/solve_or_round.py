@@ -69,7 +69,7 @@ def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunCon
         return solved
     where, than = ("made-up inputs", "without data") if solved.data is None else ("calibration data", "with it")
     assert prepared.plan.quantize is not None
-    better = f"up to {losses.max():.1f} dB better than {prepared.plan.quantize.method} {than}"
+    better = f"up to {losses.max():.2g} dB better than {prepared.plan.quantize.method} {than}"
     note = f"rounded to nearest: on {where}, that is {better}"
     return replace(rounded, notes=[*solved.notes, note])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shlex
@@ -50,8 +51,10 @@ class Measured:
     layers_read_back: int
 
 
-def build(folder: Path, layers: int, hidden: int = HIDDEN, ffn: int = FFN, heads: int = HEADS, seed: int = 0) -> Path:
-    """Write the model, a weight at a time; returns its path."""
+def build(
+    folder: Path, layers: int, hidden: int = HIDDEN, ffn: int = FFN, heads: int = HEADS, *, seed: int = 0, holes: bool = False
+) -> Path:
+    """Write the model, a weight at a time, or with ``holes`` in the place of weights, which take no room on the disk; returns its path."""
     rng = np.random.default_rng(seed)
     nodes: list[onnx.NodeProto] = []
     tensors: list[TensorProto] = []
@@ -61,12 +64,15 @@ def build(folder: Path, layers: int, hidden: int = HIDDEN, ffn: int = FFN, heads
     with (folder / f"{path.name}.data").open("wb") as file:
 
         def weight(name: str, *shape: int) -> str:
-            array = rng.standard_normal(shape, dtype=np.float32)
-            array *= np.float32(shape[0] ** -0.5)
             tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
-            for key, value in (("location", f"{path.name}.data"), ("offset", str(file.tell())), ("length", str(array.nbytes))):
+            for key, value in (("location", f"{path.name}.data"), ("offset", str(file.tell())), ("length", str(4 * math.prod(shape)))):
                 tensor.external_data.add(key=key, value=value)
-            file.write(array)
+            if holes:
+                file.truncate(file.seek(4 * math.prod(shape), os.SEEK_CUR))
+            else:
+                array = rng.standard_normal(shape, dtype=np.float32)
+                array *= np.float32(shape[0] ** -0.5)
+                file.write(array)
             tensors.append(tensor)
             return name
 
@@ -119,7 +125,7 @@ def build(folder: Path, layers: int, hidden: int = HIDDEN, ffn: int = FFN, heads
 def calibration(folder: Path, batches: int = 8, length: int = 128, hidden: int = HIDDEN) -> Path:
     """A folder of batches of hidden states."""
     rng = np.random.default_rng(1)
-    found = folder / "calibration"
+    found = folder / f"calibration-{batches}x{length}x{hidden}"
     found.mkdir(exist_ok=True)
     for i in range(batches):
         np.savez(found / f"{i}.npz", hidden_states=rng.standard_normal((1, length, hidden), dtype=np.float32))
@@ -200,7 +206,6 @@ def main() -> None:
             arguments = ["--max-memory", f"{given.limit_gib * 1.073741824:.3f}GB", *shlex.split(given.options)]
             if run == "calibrated":
                 arguments += ["--calibration", str(data), "--batch-size", "1"]
-                arguments += [] if "--quantizer" in given.options else ["--effort", "fast"]
             result = measure(model, given.folder / "out.onnx", f"{run}, {layers} layers", arguments, int(given.limit_gib * GIB))
             seconds.append((result.seconds / result.parameters, result.cpu_seconds / result.parameters))
             found.append(asdict(result) | {"bytes": sum(p.stat().st_size for p in given.folder.glob(f"{model.name}*"))})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,10 @@ from tests.docs_blocks import Block, blocks, run
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+SLOW = {
+    f"docs/methods/{name}.md"
+    for name in ("accumulators", "bias-correction", "comq", "low-rank", "magr", "mixed-precision", "output-hessian")
+}
 COMMANDS = commands()
 
 
@@ -35,7 +40,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("given")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def _cases() -> list[Any]:
+    """All pages; those that take longest, and show what other tests run as well, are slow."""
+    return [pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for page, name in zip(PAGES, NAMES, strict=True)]
+
+
+@pytest.mark.parametrize("page", _cases())
 def test_page_runs(page: Path, tmp_path: Path, made: Path) -> None:
     with contextlib.redirect_stdout(None):
         run(page.read_text(), page.name, tmp_path, made)
@@ -160,6 +170,7 @@ size = 3
 ```python
 import tomllib
 from pathlib import Path
+from typing import Any
 size = tomllib.loads(Path("settings/a.toml").read_text())["size"]
 ```
 

@@ -134,7 +134,7 @@ def _decibels(found: ir.Model, proto: onnx.ModelProto, held: list[dict[str, Arra
     return 10 * np.log10(signal / noise)
 
 
-@pytest.mark.parametrize("format", ["qdq-full", "qdq-int8", "matmulnbits"])
+@pytest.mark.parametrize("format", ["qdq-full", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qdq-int8", "matmulnbits"))])
 def test_feedback_gains_in_every_format(format: str) -> None:
     proto, data, held = chain(), inputs(64), inputs(16, seed=5)
     options: dict[str, Any] = {"format": format, "conv_bits": 4, "effort": "fast", "bias": "existing"}

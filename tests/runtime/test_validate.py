@@ -37,7 +37,7 @@ def ids(rows: int = 6, time: int = 5) -> dict[str, np.ndarray]:
     return {"input_ids": np.random.default_rng(0).integers(0, N, (rows, time))}
 
 
-@pytest.fixture(autouse=True, params=["both open", "one open"])
+@pytest.fixture(autouse=True, params=["both open", pytest.param("one open", marks=pytest.mark.slow)])
 def sessions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare models as large ones are, too: with one loaded at a time, what the first puts out in files."""
     if request.param == "one open":

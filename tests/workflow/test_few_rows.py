@@ -155,8 +155,8 @@ def test_patches_of_convolutions_are_those_of_the_matrix(op: str, group: int, mo
         assert (a.rows, [fold.rows for fold in a.folds]) == (b.rows, [fold.rows for fold in b.folds])
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "qdq-int8"}], ids=str)
-@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"format": "qdq-int8"}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("op", ["Conv", pytest.param("ConvTranspose", marks=pytest.mark.slow)])
 def test_convolutions_of_few_patches_are_solved_as_under_the_matrix(
     op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
