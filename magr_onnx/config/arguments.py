@@ -93,7 +93,7 @@ class FolderArguments(Options, RunArguments, total=False):
         overwrite: Replace an earlier result: a folder that has the same models. Models, their data and files the new result has are
             replaced, all others in it are kept as they are, links and empty folders too; also what is written into it during the run.
             What is replaced leaves its permissions. It stays until the new one is whole; a process that is killed between the two
-            renames leaves neither under that name.
+            renames leaves neither under that name. The result of one model, a file, always replaces an earlier one.
     """
 
     validation_data: FolderSource | None

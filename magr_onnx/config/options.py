@@ -212,8 +212,8 @@ RUN = _by_name(
             name="models", kind="patterns", help="Folders: only these models, the others are copied; repeatable.", types=_TEXT,
             panel=DATA, metavar="PATTERN"),
         OptionSpec(
-            name="overwrite", help="Folders: replace an earlier result; your own files in it are kept.", types=_FLAG, default=False,
-            panel=DATA),
+            name="overwrite", help="Folders: replace an earlier result; your own files in it are kept. A file is always replaced.",
+            types=_FLAG, default=False, panel=DATA),
         OptionSpec(
             name="mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.", types=_OPTIONAL,
             default="auto", none_word="none", panel=DATA),

@@ -86,8 +86,9 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
         OptionError: With everything that is wrong with the options.
     """
     merged, notes = over_recipe(arguments)
-    if folder := [name for name in ("models", "overwrite") if name in merged]:
-        raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
+    if "models" in merged:
+        raise RecipeError("models: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
+    merged = {name: value for name, value in merged.items() if name != "overwrite"}  # a result in one file replaces an earlier one anyway
     merged, preset_notes = over_preset(merged)
     values = {name: merged.get(name, default) for name, default in DEFAULTS.items()}
     if values["model"] is None:

@@ -164,6 +164,8 @@ class Limit:
             time.sleep(0.05)
         if self._group is not None:
             self.with_files = int((self._group / "memory.max_usage_in_bytes").read_text())
+            while (self._group / "cgroup.procs").read_text():  # processes that it started end a moment later
+                time.sleep(0.05)
             (self._group / "memory.force_empty").write_text("0")
             self._group.rmdir()
         return os.waitstatus_to_exitcode(status), usage

@@ -73,7 +73,18 @@ def shapes(given: argparse.Namespace) -> None:
             progress(f"{rows[-1]}")
         for path in given.folder.glob(f"{model.name}*"):
             path.unlink()
-    columns = ["model", "10^9 weights", "GFLOP/s", "calibrate h", "solve h", "in products", "total h", "memory GB", "file GB", "forecast in s"]
+    columns = [
+        "model",
+        "10^9 weights",
+        "GFLOP/s",
+        "calibrate h",
+        "solve h",
+        "in products",
+        "total h",
+        "memory GB",
+        "file GB",
+        "forecast in s",
+    ]
     print(header(f"Forecasts, {given.batches} x {given.length} tokens, options: {given.options or 'none'}"))
     print(table(columns, rows))
 

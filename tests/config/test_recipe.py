@@ -264,6 +264,13 @@ def test_a_recipe_for_a_folder_is_refused_for_one_model() -> None:
         magr_onnx.optimize(graphs.chain(), recipe={"models": "encoder*"})
 
 
+def test_a_recipe_that_overwrites_folders_is_good_for_one_model(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    out.write_text("an earlier result")
+    magr_onnx.optimize(graphs.chain(), recipe={"overwrite": True}, output=out)
+    assert onnx.load(out).graph.node
+
+
 EXPECTED = {
     "edge-cpu": ("MatMulInteger", {}),
     "web": ("MatMulNBits", {"bits": 4, "block_size": 32, "accuracy_level": 1}),

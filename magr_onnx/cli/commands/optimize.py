@@ -106,8 +106,8 @@ def optimize(
     if source is None:
         raise OptionError("no model: give one, or a recipe that names one")
     source = Path(source)
-    if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
-        raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
+    if not source.is_dir() and "models" in arguments:
+        raise OptionError(f"--models is for a folder of models, and {source} is none")
     out = Path(arguments.get("output") or _output(source))
     files = {source, out, *run_recipe.reads, *data_files(source), *([] if recipe is None else [recipe])}
     recipe_file = set() if save_recipe is None else {save_recipe}
