@@ -19,7 +19,7 @@ from magr_onnx.errors import OptionError, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.inline import inline_and_rename
-from magr_onnx.passes.layers import conv
+from magr_onnx.passes.layers import conv, experts
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import unconverted_weights
@@ -73,7 +73,7 @@ class Inspection:
 def inspect(
     model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False, keep_overridable: bool = False
 ) -> Inspection:
-    """List the linear layers and convolutions of a model, and what would not be converted and why.
+    """List the linear layers, convolutions and experts of a model, and what would not be converted and why.
 
     See `optimize` for the arguments.
 
@@ -94,7 +94,8 @@ def inspect(
     convolutions, conv_skips = conv.find(loaded.model, patterns)
     _, table_skips = non_linear.select_tables(loaded.model, Plan(), patterns)
     _, operator_skips = recurrent.select(loaded.model, Plan(), patterns)
-    converted: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
+    mixtures, mixture_skips = experts.find(loaded.model, patterns)
+    converted: list[LinearLayer | conv.ConvLayer | experts.ExpertLayer] = [*layers, *convolutions, *mixtures]
     rows = []
     for layer in converted:
         weight = layer.read()
@@ -115,7 +116,7 @@ def inspect(
                 "max": float(weight.max()),
                 "peak_to_mean": float(magnitude.max()) / mean if mean else 0.0,
                 "finite": bool(np.isfinite(weight).all()),
-                "groups": layer.group if isinstance(layer, conv.ConvLayer) else 1,
+                "groups": layer.groups,
             }
         )
     return Inspection(
@@ -124,7 +125,7 @@ def inspect(
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        skip_rows([*table_skips, *skips, *conv_skips, *operator_skips], loaded.model),
+        skip_rows([*table_skips, *skips, *conv_skips, *operator_skips, *mixture_skips], loaded.model),
         tuple(notes),
     )
 

@@ -153,6 +153,8 @@ class Emitter(Stage, ir.passes.InPlacePass):
     """The grids of layer inputs that the format needs; None for float inputs."""
     shares_codes: ClassVar[bool] = False
     """Whether GatherBlockQuantized can read the codes of a layer with 4 or 8 bits."""
+    experts: ClassVar[bool] = False
+    """Whether mixtures of experts become QMoE, on the grid of linear layers."""
 
     @abc.abstractmethod
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
@@ -183,6 +185,11 @@ class Emitter(Stage, ir.passes.InPlacePass):
     def rules(self) -> Rules | None:
         """What the whole graph is rounded by; None where layers alone are converted."""
         return None
+
+    @property
+    def expert_attributes(self) -> dict[str, int]:
+        """Further attributes of QMoE."""
+        return {}
 
     def accumulator(self) -> Accumulator | None:
         """The accumulator that no sum of the emitted kernel may overflow, where the emitter sizes its blocks for one."""

@@ -174,6 +174,15 @@ class Plan:
         feedback = ErrorFeedback() if stage.feedback else None
         return Plan(error_feedback=feedback, magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 
+    def for_experts(self, block_size: int | None) -> Plan:
+        """Derive the plan for experts, in blocks of another size: MagR, the quantizer and the bias correction.
+
+        There is no error feedback: experts are calibrated on the float model.
+        """
+        assert self.quantize is not None
+        magr = None if self.magr is None else replace(self.magr, block_size=block_size)
+        return Plan(magr=magr, quantize=replace(self.quantize, block_size=block_size), bias=self.bias)
+
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
         """Solve groups of a convolution, or directions of a recurrent operator, in a batch if many and small, else one by one."""
         plan = self.resolved

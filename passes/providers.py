@@ -26,6 +26,7 @@ class Provider:
         whole_blocks: Whether blocks behind DequantizeLinear must divide the rows of a weight.
         preload: Load its libraries, given the module ``onnxruntime``; None where there is nothing to load.
         host_memory: Whether it computes in the memory of the process, so that limits of that hold for a run.
+        experts: Whether its kernel of QMoE takes codes as they are written here.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Provider:
     whole_blocks: bool = False
     preload: Callable[[ModuleType], None] | None = None
     host_memory: bool = False
+    experts: bool = False
 
 
 def _cuda_refuses(spec: WeightSpec) -> list[str]:
@@ -56,7 +58,7 @@ def _preload_cuda(onnxruntime: ModuleType) -> None:
             onnxruntime.preload_dlls()
 
 
-CPU = Provider("cpu", "CPUExecutionProvider", host_memory=True)
+CPU = Provider("cpu", "CPUExecutionProvider", host_memory=True, experts=True)
 """The processor: what every onnxruntime has, and what it falls back to."""
 CUDA = Provider("cuda", "CUDAExecutionProvider", _cuda_refuses, largest_block=128, preload=_preload_cuda)
 """NVIDIA GPUs. Measured with onnxruntime 1.31.1: MatMulNBits takes 4 and 8 bits only, and one row times 4-bit blocks of 256 fails."""

@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions, near, unmatched
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes.canonical import canonicalize, carried
+from magr_onnx.passes.canonical import canonicalize, carried, routers
 from magr_onnx.passes.canonical.rewriter import weight
 from magr_onnx.passes.graph import dead_code
 from magr_onnx.passes.instrument.inline import inline_and_rename
-from magr_onnx.passes.layers import conv, embedding, recurrent
+from magr_onnx.passes.layers import conv, embedding, experts, recurrent
 from magr_onnx.passes.layers.linear import REFUSED, find
 from magr_onnx.passes.layers.selection import ALL, Selection, matches, names_of
 from magr_onnx.passes.layers.unconverted import unconverted_weights
@@ -40,7 +40,7 @@ class LayerNames:
     """Names that patterns may match in a model.
 
     Attributes:
-        units: Of layers, convolutions, recurrent operators and tables: all names of each.
+        units: Of layers, convolutions, recurrent operators, experts and tables: all names of each.
         others: Of what can be no layer.
         selected: Of the linear layers to convert.
         convolutions: Of the convolutions to convert.
@@ -62,9 +62,12 @@ def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
     convolutions, conv_skips = conv.find(model)
     tables, table_skips = embedding.find(model)
     operators, operator_skips = recurrent.find(model)
-    units: list[WeightedNode] = [*layers, *convolutions, *tables, *operators]
+    mixtures, mixture_skips = experts.find(model)
+    units: list[WeightedNode] = [*layers, *convolutions, *tables, *operators, *mixtures]
     others: list[tuple[str, ...]] = [
-        (skip.name,) for skip in (*skips, *conv_skips, *table_skips, *operator_skips, *unconverted_weights(model.graph.all_nodes()))
+        (skip.name,)
+        for of_kind in (skips, conv_skips, table_skips, operator_skips, mixture_skips, unconverted_weights(model.graph.all_nodes()))
+        for skip in of_kind
     ]
     others += [  # what was excluded before it could be brought into a layer's form
         names_of(node, str(node.name), constant.name)
@@ -85,7 +88,10 @@ def canonical(model: ir.Model, selection: Selection, requantize: bool) -> list[s
 
     What nobody reads is no layer, and goes first. ``requantize`` is that of `magr_onnx.optimize`. Returns sentences for the report.
     """
-    return [*dead_code.remove(model), *carried.release(model), *canonicalize(model, selection, requantized=requantize)]
+    notes = [*dead_code.remove(model), *carried.release(model), *canonicalize(model, selection, requantized=requantize)]
+    if not selection.include:
+        routers.keep_float(model)
+    return notes
 
 
 def check(model: ir.Model, selection: Selection) -> None:

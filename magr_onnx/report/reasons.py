@@ -60,6 +60,18 @@ class RecurrentReason(StrEnum):
     SHAPE = "shapes of recurrent weights do not fit"
 
 
+class ExpertReason(StrEnum):
+    """Reasons why experts are not converted, besides those shared with linear layers."""
+
+    DYNAMIC_WEIGHT = "weights or biases of experts are computed at run time"
+    SHAPE = "shapes of experts do not fit"
+    ACTIVATION = "onnxruntime's kernel for CPUs has no such experts"
+    FORMAT = "experts are quantized in format matmulnbits only"
+    PROVIDER = "experts are quantized for provider cpu only"
+    ACCUMULATOR = "accumulators of experts are not proved"
+    ROUTER = "decides which experts see a token (include it to convert it all the same)"
+
+
 class IntegerReason(StrEnum):
     """Reasons why a node is not proved."""
 

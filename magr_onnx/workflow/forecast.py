@@ -199,7 +199,7 @@ def _left_out(prepared: Prepared, request: OptimizeRequest) -> Iterator[str]:
     if request.validation is not None:
         yield "the comparison on validation data comes on top"
     if others := len(prepared.others):
-        yield f"{others} convolutions, recurrent operators or tables are written too: sizes and passes of these are not in it"
+        yield f"{others} convolutions, recurrent operators, experts or tables are written too: sizes and passes of these are not in it"
 
 
 def product_rate() -> float:

@@ -33,7 +33,7 @@ from magr_onnx.report.reasons import ConvReason, TableReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import conv_statistics, integer_convolutions, recurrent
+from magr_onnx.workflow import conv_statistics, experts, integer_convolutions, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 from magr_onnx.workflow.goal import Goal
@@ -82,7 +82,11 @@ def convert(
     recurrent.convert(result, model, work, plan, fit if context.fits_weights else None, context)
     if len(result.rows) > convolutions:
         context.lap("recurrent")
-    for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:])):
+    operators = len(result.rows)
+    experts.convert(result, model, work, plan, fit if context.fits_weights else None, context)
+    if len(result.rows) > operators:
+        context.lap("experts")
+    for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:operators])):
         if context.mask is not None and any(row.rows for row in rows):
             result.notes.append(f"mask {context.mask!r} marks no positions of {what}: all of theirs count")
     if context.memory.large and fit is not None and layers:

@@ -21,6 +21,7 @@ from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import EmbeddingTable
+from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.recurrent import RecurrentLayer
 from magr_onnx.passes.layers.unconverted import unconverted_weights
@@ -33,7 +34,7 @@ from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, keep_back
 from magr_onnx.runtime.measure.metric import Judge
 from magr_onnx.runtime.ort import opset_check, session, worker
-from magr_onnx.workflow import conv_sensitivity, mixed_precision, non_linear, recurrent, wide_inputs
+from magr_onnx.workflow import conv_sensitivity, experts, mixed_precision, non_linear, recurrent, wide_inputs
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.cluster import cluster
@@ -55,7 +56,7 @@ class Prepared:
         model: The same with its functions opened, in canonical form, at the opset the plan needs.
         plan: The plan, with what the model needs beside what was asked for.
         layers: Its linear layers.
-        others: Convolutions, recurrent operators and tables that will be converted.
+        others: Convolutions, recurrent operators, experts and tables that will be converted.
         unconverted: Nodes that hold weights and are no layers of any kind.
         notes: Sentences for the report.
         data: What to calibrate on; None for data-free.
@@ -71,7 +72,7 @@ class Prepared:
     model: ir.Model
     plan: Plan
     layers: list[LinearLayer]
-    others: Sequence[EmbeddingTable | ConvLayer | RecurrentLayer]
+    others: Sequence[EmbeddingTable | ConvLayer | RecurrentLayer | ExpertLayer]
     unconverted: list[Skip]
     notes: list[str]
     data: Batches | None = None
@@ -196,11 +197,12 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     tables, table_skips = non_linear.select_tables(model, plan, chosen)
     convolutions, conv_skips = non_linear.select_convolutions(model, plan, chosen)
     operators, operator_skips = recurrent.select(model, plan, chosen)
+    mixtures, mixture_skips = experts.select(model, plan, chosen, request.provider)
     notes += layer_options.check_matches(request.patterns.tables, layers, convolutions)
-    others: list[EmbeddingTable | ConvLayer | RecurrentLayer] = [*tables, *convolutions, *operators]
+    others: list[EmbeddingTable | ConvLayer | RecurrentLayer | ExpertLayer] = [*tables, *convolutions, *operators, *mixtures]
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
-        raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips])
+        raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips, *mixture_skips])
     if not choosable and not _is_spent_on_activations(request, plan, convolutions):
         mixed_precision.check_layers(request.budget, layers)
     # raises errors early

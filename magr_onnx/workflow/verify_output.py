@@ -18,6 +18,7 @@ from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.emit.readback import digest, iterate_weights
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import EmbeddingTable
+from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.passes.layers.recurrent import RecurrentLayer
 from magr_onnx.report.data import ProofSummary, versions
 from magr_onnx.report.reasons import IntegerReason
@@ -28,7 +29,7 @@ from magr_onnx.runtime.ort import session, worker
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 
 
-def check_weights(layers: Sequence[LinearLayer | ConvLayer | RecurrentLayer | EmbeddingTable]) -> None:
+def check_weights(layers: Sequence[LinearLayer | ConvLayer | RecurrentLayer | ExpertLayer | EmbeddingTable]) -> None:
     """Name every layer with NaN or infinite weights or bias, before any work."""
     problems = []
     for layer in layers:

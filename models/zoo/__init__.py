@@ -7,10 +7,10 @@ here and its line in that module's ``TRAPS``.
 
 from __future__ import annotations
 
-from magr_onnx.models.zoo import branches, convolutions, disguised, elsewhere, embeddings, hostile, nested, plain
+from magr_onnx.models.zoo import branches, convolutions, disguised, elsewhere, embeddings, experts, hostile, nested, plain
 from magr_onnx.models.zoo.trap import Trap
 
-MODULES = (branches, convolutions, disguised, elsewhere, embeddings, hostile, nested, plain)
+MODULES = (branches, convolutions, disguised, elsewhere, embeddings, experts, hostile, nested, plain)
 ZOO: dict[str, Trap] = {trap.name: trap for module in MODULES for trap in module.TRAPS}
 
 __all__ = ["ZOO", "Trap"]

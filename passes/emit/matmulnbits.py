@@ -66,6 +66,7 @@ class EmitMatMulNBits(BlockEmitter):
     name: ClassVar[str] = "emit-matmulnbits"
     summary: ClassVar[str] = "write quantized layers as com.microsoft MatMulNBits nodes"
     shares_codes: ClassVar[bool] = True
+    experts: ClassVar[bool] = True
 
     accuracy_level: int | None = None
     accumulator_bits: int | None = None
@@ -87,6 +88,10 @@ class EmitMatMulNBits(BlockEmitter):
         assert block is not None
         needed = _sum_bits(block, spec.bits, stored_shift(spec.bits) if spec.symmetric else 0)
         return [_too_narrow(accumulator_bits, block, spec.bits, needed)] if needed > accumulator_bits else []
+
+    @property
+    def expert_attributes(self) -> dict[str, int]:
+        return {LEVEL: INT8_LEVEL} if self.accuracy_level == INT8_LEVEL else {}
 
     def accumulator(self) -> Accumulator | None:
         return None if self.accumulator_bits is None else Accumulator(self.accumulator_bits, None, max(32, self.accumulator_bits))

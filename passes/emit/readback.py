@@ -9,31 +9,33 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.emit import FORMATS, recurrent
+from magr_onnx.passes.emit import FORMATS, experts, recurrent
 from magr_onnx.passes.emit.conv import emitted_matrices
 from magr_onnx.passes.emit.embedding import emitted_table
 from magr_onnx.passes.emit.format import Operator, Reader, only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.nodes import result_of
 from magr_onnx.passes.layers.conv import OPS
+from magr_onnx.passes.layers.experts import QUANTIZED
 from magr_onnx.passes.layers.recurrent import GATES
 
 NON_LINEAR: dict[Operator, Reader] = {
     **{("", op): Reader(emitted_matrices, bias=False, branch=False) for op in OPS},
     **{("", op): Reader(recurrent.emitted_matrices, bias=False, branch=False) for op in GATES},
     (DOMAIN, "DynamicQuantizeLSTM"): Reader(recurrent.emitted_matrices, bias=False, branch=False),
+    (DOMAIN, QUANTIZED): Reader(experts.emitted_matrices, bias=False, branch=False),
     ("", "Gather"): Reader(emitted_table, ("Cast", "Mul"), bias=False, branch=False),
     (DOMAIN, "GatherBlockQuantized"): Reader(emitted_table, bias=False, branch=False),
 }
-"""Readers of convolutions, recurrent operators and embedding tables, which are written in the same forms in every format."""
+"""Readers of convolutions, recurrent operators, experts and embedding tables, which are written in the same forms in every format."""
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
     """Read every quantized weight of a model, by the layer's output name.
 
     These are dequantized weights ``(K, N)`` of MatMulNBits, QDQ MatMul and Gemm, and scaled MatMulInteger, ``(G, K, N)`` of convolutions in
-    several groups, ``(D, K, N)`` of recurrent operators, and tables ``(rows, width)``, in bodies too. The layer's output is the first of
-    ``outputs`` behind the product, else the
+    several groups, ``(D, K, N)`` of recurrent operators, ``(E, K, N)`` of experts, and tables ``(rows, width)``, in bodies too. The layer's
+    output is the first of ``outputs`` behind the product, else the
     last value after the Cast and Mul of an integer product, the requantization of a product, an Add of an initializer, a Cast back to
     float16, and a Sum with a low-rank branch (which the weight does not include).
     """

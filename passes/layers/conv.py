@@ -44,6 +44,11 @@ class ConvLayer(Product):
     group: int
 
     @property
+    def groups(self) -> int:
+        """Return ``G``."""
+        return self.group
+
+    @property
     def weight_key(self) -> Hashable:
         """Return a key that is equal for convolutions with the same matrices of one weight."""
         return (*self.weight.key, self.op, self.group)

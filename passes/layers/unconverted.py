@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import CASTS, constant_view, dequantized, is_step
 from magr_onnx.passes.graph.nodes import layer_name
+from magr_onnx.passes.layers import experts
 from magr_onnx.passes.layers.linear import REFUSED
 from magr_onnx.passes.layers.recurrent import GATES, packing_nodes
 from magr_onnx.report.reasons import Reason, Skip
@@ -23,13 +24,14 @@ _MICROSOFT = {
     Reason.QUANTIZED: """DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulBnb4 MatMulFpQ4 MatMulInteger16
         MatMulIntegerToFloat MatMulNBits QAttention QGemm QLinearMatMul QMoE QOrderedAttention QOrderedMatMul""",
     Reason.FUSED: """Attention AttnLSTM DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention EmbedLayerNormalization
-        FusedConv FusedGemm FusedMatMul FusedMatMulActivation GemmFastGelu GroupQueryAttention LongformerAttention MoE MultiHeadAttention
+        FusedConv FusedGemm FusedMatMul FusedMatMulActivation GemmFastGelu GroupQueryAttention LongformerAttention MultiHeadAttention
         PackedAttention PackedMultiHeadAttention TransposeMatMul""",
 }
 _KINDS = {("com.microsoft", op): reason for reason, operators in _MICROSOFT.items() for op in operators.split()}
 _KINDS |= {("", op): Reason.QUANTIZED for op in ("QLinearMatMul", "MatMulInteger")}
 _KINDS[("", "Einsum")] = Reason.EINSUM
 _LAYERS = {("", op) for op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "QuantizeLinear", "DequantizeLinear")}
+_LAYERS.add((experts.DOMAIN, experts.OPERATOR))
 
 
 def unconverted_weights(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
@@ -57,7 +59,8 @@ def unconverted_weights(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
                 floats |= real
         if not tensors:
             continue
-        reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER if floats else Reason.QUANTIZED, "")
+        described = experts.described(node) if kind == Reason.QUANTIZED else ""
+        reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER if floats else Reason.QUANTIZED, described)
         size = sum({id(t): t.nbytes for t in tensors}.values())
         text = f"{', '.join(dict.fromkeys(str(t.name) for t in tensors))}: {size / 1e6:.2f} MB"
         yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text, size)

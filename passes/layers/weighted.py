@@ -50,6 +50,11 @@ class WeightedNode(abc.ABC):
         """Return the columns of the weight's matrix."""
 
     @property
+    def groups(self) -> int:
+        """Return how many matrices of `k` rows and `n` columns the weight is."""
+        return 1
+
+    @property
     def nested(self) -> bool:
         """Return whether the node is in a subgraph of an If, Loop or Scan."""
         return bool(self.path)
@@ -180,20 +185,25 @@ def in_closed_body(node: ir.Node, path: SubgraphPath) -> Skip | None:
 
 
 def find_views(
-    model: ir.Model, operators: Collection[str], view: Callable[[ir.Node, SubgraphPath], V | Skip | None], selection: Selection
+    model: ir.Model,
+    operators: Collection[str],
+    view: Callable[[ir.Node, SubgraphPath], V | Skip | None],
+    selection: Selection,
+    domain: str = "",
 ) -> tuple[list[V], list[Skip]]:
-    """Find every view of nodes of ONNX's ``operators`` in the main graph and its subgraphs, under unique names, and the skipped nodes.
+    """Find every view of nodes of a domain's ``operators`` in the main graph and its subgraphs, under unique names, and the skipped nodes.
 
     Args:
         model: The model; not changed.
         operators: Types of the nodes to view.
         view: Returns the view of a node at a path, the reason why there is none, or None for irrelevant nodes.
         selection: The layers to view; others are skipped.
+        domain: That of the operators; ONNX's own by default.
     """
     views: dict[str, V] = {}
     skips: list[Skip] = []
     for node, path in walk(model.graph):
-        if node.domain != "" or node.op_type not in operators:
+        if node.domain != domain or node.op_type not in operators:
             continue
         layer = view(node, path)
         if layer is None or isinstance(layer, Skip):
@@ -207,10 +217,10 @@ def find_views(
     return list(views.values()), skips
 
 
-def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
-    """Return skips for nodes of ONNX's ``operators`` in functions, which are not converted."""
+def in_functions(model: ir.Model, operators: Collection[str], domain: str = "") -> list[Skip]:
+    """Return skips for nodes of a domain's ``operators`` in functions, which are not converted."""
     nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
-    nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
+    nodes = [(node, name) for node, name in nodes if node.domain == domain and node.op_type in operators]
     return [skip_of(node, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]
 
 

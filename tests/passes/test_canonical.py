@@ -439,7 +439,7 @@ def test_weights_with_computed_scales_are_not_requantized() -> None:
 def test_what_holds_weights_is_reported_with_its_bytes() -> None:
     text = """g (float[n, t, 64] x, uint8[64, 64] q, float s, uint8 z) => (float[n, t, 64] y) {
         [nbits] a = com.microsoft.MatMulNBits<K = 64, N = 64, bits = 4, block_size = 32>(x, codes, scales)
-        [moe] b = com.microsoft.MoE<k = 1>(a, router, experts)
+        [moe] b = com.microsoft.QMoE<k = 1, block_size = 32>(a, router, experts, scales3, , experts, scales3)
         [lstm] c = LSTM<hidden_size = 16>(b, lw, lr)
         [attention] d = com.microsoft.MultiHeadAttention<num_heads = 4>(x, x, x, bias)
         [big] e = Mul(x, mask)
@@ -456,7 +456,8 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
             codes=np.zeros((64, 2, 16), np.uint8),
             scales=np.ones((64, 2), np.float32),
             router=np.zeros((8, 4), np.float32),
-            experts=constant("e", 4, 64, 32),
+            experts=np.zeros((4, 64, 32), np.uint8),
+            scales3=np.ones((4, 64, 2), np.float32),
             lw=constant("lw", 1, 64, 64),
             lr=constant("lr", 1, 64, 16),
             bias=np.zeros(192, np.float32),
@@ -471,7 +472,7 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
     other = "an operator without a quantized form"
     assert found == {
         "nbits": ("weight is quantized already", "codes, scales: 0.00 MB"),
-        "moe": ("a fused operator that no format can replace", "router, experts: 0.03 MB"),
+        "moe": ("weight is quantized already", "1 of 4 experts see a token, 4 bits in blocks of 32; router, experts, scales3: 0.01 MB"),
         "sum": ("weight is quantized already", "int8: 0.00 MB"),
         "big": (other, "mask: 0.02 MB"),
         "table": (other, "mask: 0.02 MB"),

@@ -1,0 +1,100 @@
+"""The layout of com.microsoft QMoE for CPUs, with its inverse.
+
+Codes ``(E, N, K * bits / 8)`` uint8: a row per output channel of every expert, element ``k`` in the low bits first, as in MatMulNBits.
+Scales ``(E, N, K / block)``, or ``(E, N)`` for one a channel. Zero points are packed the same way, along blocks, ``(E, N, ...)``, or along
+channels, ``(E, ...)``, and left out where all equal the operator's default ``2^(bits - 1)``. Blocks divide K. 3-bit codes are stored in
+4 bits, 5 to 7 in 8. Measured with onnxruntime 1.26 to 1.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS, container_bits, pack_bits, stored_shift, unpack_bits
+from magr_onnx.core.types import Array, Codes, QuantizedWeight, WeightSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertTensors:
+    """Inputs of a QMoE node for one of its layers.
+
+    Attributes:
+        codes: Packed codes.
+        scales: Scales, a third axis for blocks.
+        zero_points: Packed zero points; None for the default.
+        bits: Stored width of a code.
+    """
+
+    codes: Codes
+    scales: npt.NDArray[Any]
+    zero_points: Codes | None
+    bits: int
+
+
+def expert_block(wanted: int | None, widths: Sequence[int]) -> int | None:
+    """Return the largest block, a power of two from 16 to 256, that divides the block size ``wanted`` and all ``widths``.
+
+    None stands for one scale a channel: where that is wanted, and where no block divides all.
+    """
+    sizes = [*widths] if wanted is None else [wanted, *widths]
+    fitting = [block for block in MATMULNBITS_BLOCKS if all(size % block == 0 for size in sizes)]
+    return None if wanted is None else max(fitting, default=None)
+
+
+def stored_block(spec: WeightSpec, widths: Sequence[int]) -> int | None:
+    """Return the block that weights of ``widths`` rows on a grid are stored in; None for one scale a channel.
+
+    One scale a channel of up to 4 bits is repeated in blocks where these divide all widths: without blocks the kernel takes 7 times as long
+    as that of floats on one token, and with them half as long. With 8 bits it takes as long, and computes in float, as with blocks it does
+    not.
+    """
+    if spec.group_size is not None or container_bits(spec.bits) == 8:
+        return spec.group_size
+    return expert_block(MATMULNBITS_BLOCKS[-1], widths)
+
+
+def pack_experts(weights: Sequence[QuantizedWeight], block: int | None) -> ExpertTensors:
+    """Pack the weights ``(K, N)`` of one layer of all experts, on grids of one kind.
+
+    Args:
+        weights: One of each expert.
+        block: Rows that are stored with a scale, which divides K and the rows that share one; None where a whole channel shares one.
+    """
+    spec, k = weights[0].spec, len(weights[0].codes)
+    bits = container_bits(spec.bits)
+    codes = np.stack([w.codes.T for w in weights])
+    group = np.arange(k // (block or k)) * (block or k) // spec.rows(k)
+    zeros, scales = (np.stack([getattr(w, name)[group].T for w in weights]) for name in ("zero_points", "scales"))  # (E, N, blocks)
+    if spec.symmetric and bits != spec.bits:
+        shift = np.uint8(stored_shift(spec.bits))
+        codes, zeros = codes + shift, zeros + shift
+    if block is None:
+        scales, zeros = scales[..., 0], zeros[..., 0]
+    default = bool((zeros == 2 ** (bits - 1)).all())
+    return ExpertTensors(pack_bits(codes, bits), scales.astype(spec.scale_dtype), None if default else pack_bits(zeros, bits), bits)
+
+
+def dequantize_experts(tensors: ExpertTensors, k: int) -> Array:
+    """Return the weights ``(E, K, N)`` float32 of all experts.
+
+    Raises:
+        ValueError: Shapes do not fit each other.
+    """
+    scales, bits = tensors.scales.astype(np.float32), tensors.bits
+    experts, n = scales.shape[:2]
+    blocks = scales.shape[2] if scales.ndim == 3 else 1
+    if k % blocks or tensors.codes.shape != (experts, n, k * bits // 8):
+        raise ValueError(f"codes {tensors.codes.shape} of {bits} bits do not fit scales {scales.shape} and {k} inputs")
+    codes = unpack_bits(tensors.codes, bits, k).reshape(experts, n, blocks, -1)
+    if tensors.zero_points is None:
+        zeros = np.full((experts, n, blocks), 2 ** (bits - 1), np.uint8)
+    else:
+        zeros = unpack_bits(tensors.zero_points, bits, blocks if scales.ndim == 3 else n).reshape(experts, n, blocks)
+    real = (codes.astype(np.float32) - zeros[..., None]) * scales.reshape(experts, n, blocks, 1)
+    result: Array = np.ascontiguousarray(real.reshape(experts, n, k).transpose(0, 2, 1), np.float32)
+    return result
