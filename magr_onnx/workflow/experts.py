@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,19 +13,19 @@ from magr_onnx.core import threads
 from magr_onnx.core.expert_packing import expert_block
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.packing import container_bits
-from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
+from magr_onnx.passes.canonical.routers import routers_of
 from magr_onnx.passes.emit import experts as emitter
 from magr_onnx.passes.layer_passes.experts import Solved, biases_of, join, notes_of, problems_of, written
-from magr_onnx.passes.layers import experts
+from magr_onnx.passes.layers import experts, linear
 from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import by_weight, split_shared
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.reasons import ExpertReason
-from magr_onnx.runtime.calibration.expert_tokens import FEW, Tokens
-from magr_onnx.runtime.calibration.subgraphs import TOO_LARGE
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.expert_tokens import FEW, Stats, Tokens, staged_tokens
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import RunContext
@@ -67,21 +67,120 @@ def convert(result: Converted, model: ir.Model, work: ir.Model, plan: Plan, data
     """
     layers, skips = select(work, plan, context.selection, context.provider)
     result.skips += skips
-    groups, steps = by_weight(layers), context.stage("experts")
-    measured = _Measured.of(model, groups, data, context)
-    for number, readers in enumerate(groups):
-        first = readers[0]
-        block = _block(plan, first)
-        own = plan.for_experts(block)
-        solved = _solved(first, own, measured.stats(number))
-        joined = join(first, solved, int(measured.counts[number].sum()))
-        notes = (*notes_of(solved), *measured.notes(number), *_grid_notes(first, plan, block, len(readers)))
-        joined = replace(joined, record=joined.record.noting(*notes))
-        attributes = {} if plan.emitter is None else plan.emitter.expert_attributes
-        quantized, weights = [[one.quantized for one in part] for part in solved], written(solved)
-        for layer, emitted in zip(readers, emitter.emit(readers, quantized, biases_of(solved), attributes), strict=True):
-            result.add(layer, joined, emitted, weights, first.experts)
-        steps(number + 1, len(groups))
+    groups, first, steps = by_weight(layers), len(result.rows), context.stage("experts")
+    waiting = {layer.name: group for group in map(_Group, groups) for layer in group.readers}
+
+    def finish(group: _Group, stats: Iterable[Stats] | None, why: str) -> None:
+        _write(result, group, stats, why, plan, context)
+        context.spill(work)
+        for layer in group.readers:
+            waiting.pop(layer.name, None)
+        steps(len(layers) - len(waiting), len(layers))
+
+    why = ""
+    try:
+        for tokens in [] if data is None else _tokens(model, layers, data, context):
+            group = waiting[tokens.layer.name]
+            stats = group.take(tokens, context.memory.gram_budget)
+            if stats is not None:
+                finish(group, stats, "")
+    except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about its parts
+        why = f"its inputs cannot be gathered: {str(error).splitlines()[0]}"
+    for readers in groups:
+        if readers[0].name in waiting:
+            unmeasured = why or (NESTED if data is not None else "")
+            finish(waiting[readers[0].name], None, unmeasured)
+    order = {layer.name: i for i, layer in enumerate(layers)}
+    result.rows[first:] = sorted(result.rows[first:], key=lambda row: order[row.name])
+
+
+def _tokens(model: ir.Model, layers: Sequence[ExpertLayer], data: Batches, context: RunContext) -> Iterator[Tokens]:
+    """Yield what the ``layers``, as far as they are in the main graph, read in the float ``model``; a large one is cut at all layers."""
+    names = {layer.name for layer in layers}
+    mixtures = [layer for layer in experts.find(model)[0] if layer.name in names and not layer.nested]
+    if not mixtures:
+        return iter(())
+    routers = set(routers_of(model))
+    cuts = [layer for layer in linear.find(model)[0] if not layer.nested and layer.node not in routers] if context.memory.large else []
+    calibration = CalibrationContext(data, context.mask, context.provider)
+    return staged_tokens(model, mixtures, cuts, calibration, context.memory.cache, context.stage("calibrating experts"))
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Mixtures that share their weights.
+
+    Attributes:
+        readers: The mixtures.
+        counts: Tokens that went to every expert so far, ``(E,)``.
+        missing: Mixtures whose tokens have not been seen.
+        stats: Of all mixtures that have been seen, where there are several.
+    """
+
+    readers: Sequence[ExpertLayer]
+    counts: Counts = field(init=False)
+    missing: int = field(init=False)
+    stats: list[Stats] | None = None
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(self.readers[0].experts, np.intp)
+        self.missing = sum(not layer.nested for layer in self.readers)
+
+    def take(self, tokens: Tokens, budget: int) -> Iterable[Stats] | None:
+        """Take the tokens of a mixture; return the moments of every expert once all mixtures have been seen, None before."""
+        self.missing -= 1
+        counts = tokens.counts()
+        self.counts += counts
+        added = _moments(tokens, counts, budget)
+        if len(self.readers) == 1:
+            return added
+        self.stats = list(added) if self.stats is None else [_both(a, b) for a, b in zip(self.stats, added, strict=True)]
+        return None if self.missing else self.stats
+
+
+def _moments(tokens: Tokens, counts: Counts, budget: int) -> Iterator[Stats]:
+    """Yield the moments of every expert, of as many at a time as a budget of bytes allows."""
+    layer, numbers = tokens.layer, range(len(counts))
+    size = 8 * HoldOut.of(tokens.data.samples).parts * (layer.k**2 + layer.units**2) + 4 * layer.k * layer.n
+    at_a_time = max(budget // size, 1)
+    for start in range(0, len(numbers), at_a_time):
+        yield from tokens.moments(numbers[start : start + at_a_time], counts)
+
+
+def _both(a: Stats, b: Stats) -> Stats:
+    """Combine the moments of one expert in two mixtures."""
+    first, second = (x if y is None else y if x is None else x.combine(y) for x, y in zip(a, b, strict=True))
+    return first, second
+
+
+def _write(result: Converted, group: _Group, stats: Iterable[Stats] | None, why: str, plan: Plan, context: RunContext) -> None:
+    """Solve the experts of a group and write them into all their readers; ``why`` they have no statistics, where there is data."""
+    first = group.readers[0]
+    block = _block(plan, first)
+    unknown: list[Stats] = [(None, None)] * first.experts
+    solved = _solved(first, plan.for_experts(block), unknown if stats is None else stats)
+    seen = ([f"data-free: {why}"] if why else []) if stats is None else _count_notes(group.counts)
+    joined = join(first, solved, int(group.counts.sum()) if stats is not None else 0)
+    notes = (*notes_of(solved), *seen, *_grid_notes(first, plan, block, len(group.readers)))
+    joined = replace(joined, record=joined.record.noting(*notes))
+    attributes = {} if plan.emitter is None else plan.emitter.expert_attributes
+    quantized, weights = [[one.quantized for one in part] for part in solved], written(solved)
+    for layer, emitted in zip(group.readers, emitter.emit(group.readers, quantized, biases_of(solved), attributes), strict=True):
+        result.add(layer, joined, emitted, weights, first.experts)
+
+
+def _count_notes(counts: Counts) -> list[str]:
+    """Say how many tokens experts saw, and which saw few."""
+    few = [f"{expert} ({counts[expert]})" for expert in np.argsort(counts, kind="stable") if counts[expert] < FEW]
+    notes = [f"experts saw {counts.min()} to {counts.max()} tokens"]
+    if few:
+        named = ", ".join(few[:NAMED]) + (f" and {len(few) - NAMED} more" if len(few) > NAMED else "")
+        one = len(few) == 1
+        notes.append(
+            f"{'expert' if one else 'experts'} {named} saw fewer than {FEW} tokens; "
+            f"tokens that came nearest to {'it' if one else 'them'} count too, for less"
+        )
+    return notes
 
 
 def _block(plan: Plan, layer: ExpertLayer) -> int | None:
@@ -90,7 +189,7 @@ def _block(plan: Plan, layer: ExpertLayer) -> int | None:
     return expert_block(plan.quantize.block_size, [layer.k, layer.units])
 
 
-def _solved(layer: ExpertLayer, plan: Plan, stats: Iterable[Sequence[LayerStats | None]]) -> list[list[Solved]]:
+def _solved(layer: ExpertLayer, plan: Plan, stats: Iterable[Stats]) -> list[list[Solved]]:
     """Solve both layers of all experts, several at a time."""
 
     def solve(problem: LayerProblem) -> Solved:
@@ -101,76 +200,6 @@ def _solved(layer: ExpertLayer, plan: Plan, stats: Iterable[Sequence[LayerStats 
         for solved, one in zip(both, threads.each(solve, problems_of(layer, number, known)), strict=True):
             solved.append(one)
     return both
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Measured:
-    """What is known of what experts read.
-
-    Attributes:
-        groups: The layers, by the weights that they share.
-        tokens: What the experts that can be measured are measured on; None without data.
-        reached: Those layers of every group that can be measured.
-        counts: Tokens that go to every expert of a group, ``(E,)``.
-        why: Why groups are not measured, where there is data.
-        budget: Bytes of second moments held at a time.
-    """
-
-    groups: Sequence[Sequence[ExpertLayer]]
-    tokens: Tokens | None
-    reached: Sequence[Sequence[ExpertLayer]]
-    counts: Sequence[Counts]
-    why: str
-    budget: int
-
-    @staticmethod
-    def of(model: ir.Model, groups: Sequence[Sequence[ExpertLayer]], data: Batches | None, context: RunContext) -> _Measured:
-        """Count the tokens of every expert."""
-        nothing = [np.zeros(readers[0].experts, np.intp) for readers in groups]
-        unmeasured = _Measured(groups, None, [()] * len(groups), nothing, "", context.memory.gram_budget)
-        reached = [[layer for layer in readers if not layer.nested] for readers in groups]
-        if data is None or not any(reached):
-            return replace(unmeasured, why="" if data is None else NESTED)
-        if context.memory.large:
-            return replace(unmeasured, why=TOO_LARGE)
-        tokens = Tokens(model, [layer for readers in reached for layer in readers], data, context.mask, context.provider)
-        try:
-            found = tokens.counts()
-        except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy that puts out scores
-            return replace(unmeasured, why=f"its inputs cannot be gathered: {str(error).splitlines()[0]}")
-        counts = [sum((found[layer.name] for layer in of), zero) for of, zero in zip(reached, nothing, strict=True)]
-        return replace(unmeasured, tokens=tokens, reached=reached, counts=counts, why=NESTED)
-
-    def stats(self, number: int) -> Iterator[Sequence[LayerStats | None]]:
-        """Yield the moments of what both layers of every expert of a group read, None where they are unknown."""
-        readers, counts = self.reached[number], self.counts[number]
-        experts = range(len(counts))
-        if self.tokens is None or not readers:
-            yield from ((None, None) for _ in experts)
-            return
-        layer = readers[0]
-        parts = HoldOut.of(self.tokens.data.samples).parts
-        size = 8 * parts * (layer.k**2 + layer.units**2) + 4 * layer.k * layer.n
-        at_a_time = max(self.budget // size, 1)
-        for start in range(0, len(experts), at_a_time):
-            chosen = experts[start : start + at_a_time]
-            yield from self.tokens.moments([(readers, expert) for expert in chosen], [int(counts[expert]) for expert in chosen])
-
-    def notes(self, number: int) -> list[str]:
-        """Say which experts of a group saw how many tokens, or why none."""
-        counts = self.counts[number]
-        if self.tokens is None or not self.reached[number]:
-            return [f"data-free: {self.why}"] * bool(self.why)
-        few = [f"{expert} ({counts[expert]})" for expert in np.argsort(counts, kind="stable") if counts[expert] < FEW]
-        notes = [f"experts saw {counts.min()} to {counts.max()} tokens"]
-        if few:
-            named = ", ".join(few[:NAMED]) + (f" and {len(few) - NAMED} more" if len(few) > NAMED else "")
-            one = len(few) == 1
-            notes.append(
-                f"{'expert' if one else 'experts'} {named} saw fewer than {FEW} tokens; "
-                f"tokens that came nearest to {'it' if one else 'them'} count too, for less"
-            )
-        return notes
 
 
 def _grid_notes(layer: ExpertLayer, plan: Plan, block: int | None, readers: int) -> list[str]:

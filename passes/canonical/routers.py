@@ -21,13 +21,18 @@ SCORES = (1, 14)  # inputs of MoE and QMoE: scores, and weights in their place
 
 
 def keep_float(model: ir.Model) -> None:
-    """Mark the products that scores of experts are made of, so that they are not converted."""
+    """Mark the routers of a model, so that they are not converted."""
+    for product in routers_of(model):
+        product.meta[KEPT_FLOAT] = ExpertReason.ROUTER
+
+
+def routers_of(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield the products that scores of experts are made of."""
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN and node.op_type in (OPERATOR, QUANTIZED):
             for index in SCORES:
                 if index < len(node.inputs):
-                    for product in _products(node.inputs[index]):
-                        product.meta[KEPT_FLOAT] = ExpertReason.ROUTER
+                    yield from _products(node.inputs[index])
 
 
 def _products(value: ir.Value | None) -> Iterator[ir.Node]:

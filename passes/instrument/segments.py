@@ -18,14 +18,14 @@ import onnx_ir as ir
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.nodes import layer_name, only_use
 from magr_onnx.passes.graph.subgraphs import bodies_of
-from magr_onnx.passes.layers.weighted import Product, sharing
+from magr_onnx.passes.layers.weighted import Product, WeightedNode, sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}
 _ROUNDING = ("Identity", "QuantizeLinear", "DequantizeLinear")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
-P = TypeVar("P", bound=Product)
+P = TypeVar("P", bound=WeightedNode)
 
 
 @dataclass(frozen=True, slots=True)
