@@ -15,11 +15,11 @@ from magr_onnx.config.options import OPTIONS, Options
 from magr_onnx.config.plans import plan_of
 from magr_onnx.config.schema import merge_options, none_to_word, unknown, word_to_none
 from magr_onnx.errors import OptionError, closest, listed, raise_all
-from magr_onnx.passes import LinearLayer, Plan
+from magr_onnx.passes import Plan
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.selection import matches, names_of
-from magr_onnx.passes.layers.weighted import by_weight
+from magr_onnx.passes.layers.weighted import WeightedNode, by_weight
 
 LAYER_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.whole_run is None)
 """Options that may differ by layer."""
@@ -131,7 +131,7 @@ def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, prov
 
 
 def assign(
-    tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, plan: Plan, provider: str
+    tables: Sequence[LayerOptions], layers: Sequence[WeightedNode], options: Options, plan: Plan, provider: str
 ) -> dict[str, tuple[Options, Plan]]:
     """Give every layer that tables match their options, and the plan they make, by layer name.
 
@@ -161,7 +161,7 @@ def assign(
     return assigned
 
 
-def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], convolutions: Iterable[ConvLayer]) -> list[str]:
+def check_matches(tables: Sequence[LayerOptions], layers: Sequence[WeightedNode], convolutions: Iterable[ConvLayer]) -> list[str]:
     """Refuse patterns that no layer has the name of.
 
     Returns:
@@ -221,7 +221,7 @@ def described(options: Options) -> str:
     return ", ".join(f"{name}={value}" for name, value in none_to_word(options).items())
 
 
-def _merged(tables: Sequence[LayerOptions], layer: LinearLayer, options: Options) -> Options:
+def _merged(tables: Sequence[LayerOptions], layer: WeightedNode, options: Options) -> Options:
     """Merge the tables that match a layer; ``options`` are those of the run."""
     names = names_of(layer.node, layer.name, layer.weight_name)
     merged: dict[str, Any] = {}

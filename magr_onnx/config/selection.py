@@ -42,7 +42,7 @@ class LayerNames:
     Attributes:
         units: Of layers, convolutions, recurrent operators, experts and tables: all names of each.
         others: Of what can be no layer.
-        selected: Of the linear layers to convert.
+        selected: Of the linear layers and experts to convert.
         convolutions: Of the convolutions to convert.
     """
 
@@ -76,7 +76,8 @@ def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
         for value in node.inputs[:2]
         if (constant := weight(value)) is not None
     ]
-    return LayerNames(_names(units), others, _names(find(model, selection)[0]), _names(conv.find(model, selection)[0]))
+    selected = [*find(model, selection)[0], *experts.find(model, selection)[0]]
+    return LayerNames(_names(units), others, _names(selected), _names(conv.find(model, selection)[0]))
 
 
 def _names(units: Sequence[WeightedNode]) -> Names:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.config.layer_options import described
+from magr_onnx.config.options import Options
 from magr_onnx.core import threads
 from magr_onnx.core.expert_packing import expert_block
 from magr_onnx.core.layer import LayerProblem
@@ -59,19 +61,39 @@ def _skip(layer: ExpertLayer, reason: ExpertReason) -> Skip:
     return Skip(layer.name, layer.op, reason, detail, layer.bytes)
 
 
-def convert(result: Converted, model: ir.Model, work: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> None:
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """How experts are solved.
+
+    Attributes:
+        usual: The plan of the run.
+        assigned: Options and plan of layers that have their own, by name.
+    """
+
+    usual: Plan
+    assigned: Mapping[str, tuple[Options, Plan]]
+
+    def of(self, layer: ExpertLayer) -> tuple[Plan, list[str]]:
+        """Return the plan of a layer, and a note if it has options of its own."""
+        if layer.name not in self.assigned:
+            return self.usual, []
+        options, plan = self.assigned[layer.name]
+        return plan, [f"options of its own: {described(options)}"]
+
+
+def convert(result: Converted, model: ir.Model, work: ir.Model, plans: Plans, data: Batches | None, context: RunContext) -> None:
     """Quantize the experts of ``work``, in place, by the statistics of ``model``, of which it is a copy.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
     """
-    layers, skips = select(work, plan, context.selection, context.provider)
+    layers, skips = select(work, plans.usual, context.selection, context.provider)
     result.skips += skips
     groups, first, steps = by_weight(layers), len(result.rows), context.stage("experts")
     waiting = {layer.name: group for group in map(_Group, groups) for layer in group.readers}
 
     def finish(group: _Group, stats: Iterable[Stats] | None, why: str) -> None:
-        _write(result, group, stats, why, plan, context)
+        _write(result, group, stats, why, plans)
         context.spill(work)
         for layer in group.readers:
             waiting.pop(layer.name, None)
@@ -153,15 +175,16 @@ def _both(a: Stats, b: Stats) -> Stats:
     return first, second
 
 
-def _write(result: Converted, group: _Group, stats: Iterable[Stats] | None, why: str, plan: Plan, context: RunContext) -> None:
+def _write(result: Converted, group: _Group, stats: Iterable[Stats] | None, why: str, plans: Plans) -> None:
     """Solve the experts of a group and write them into all their readers; ``why`` they have no statistics, where there is data."""
     first = group.readers[0]
+    plan, own = plans.of(first)
     block = _block(plan, first)
     unknown: list[Stats] = [(None, None)] * first.experts
     solved = _solved(first, plan.for_experts(block), unknown if stats is None else stats)
     seen = ([f"data-free: {why}"] if why else []) if stats is None else _count_notes(group.counts)
     joined = join(first, solved, int(group.counts.sum()) if stats is not None else 0)
-    notes = (*notes_of(solved), *seen, *_grid_notes(first, plan, block, len(group.readers)))
+    notes = (*own, *notes_of(solved), *seen, *_grid_notes(first, plan, block, len(group.readers)))
     joined = replace(joined, record=joined.record.noting(*notes))
     attributes = {} if plan.emitter is None else plan.emitter.expert_attributes
     quantized, weights = [[one.quantized for one in part] for part in solved], written(solved)

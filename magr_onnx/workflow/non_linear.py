@@ -7,7 +7,7 @@ problem like that of any linear layer; convolutions that share a weight are solv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -63,11 +63,12 @@ def convert(
     rounding: Rounding,
     tied: Collection[str],
     context: RunContext,
+    assigned: Mapping[str, tuple[Options, Plan]] | None = None,
 ) -> Converted:
     """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy with values rounded.
 
-    Tables whose weights are ``tied`` to linear layers are converted with these. A large model cannot be run as a whole, so that its
-    convolutions are solved without data.
+    Experts that are ``assigned`` options of their own have their plan. Tables whose weights are ``tied`` to linear layers are converted
+    with these. A large model cannot be run as a whole, so that its convolutions are solved without data.
     """
     result = Converted()
     convert_tables(result, work, plan, tied, context.selection)
@@ -83,7 +84,8 @@ def convert(
     if len(result.rows) > convolutions:
         context.lap("recurrent")
     operators = len(result.rows)
-    experts.convert(result, model, work, plan, fit if context.fits_weights else None, context)
+    plans = experts.Plans(plan, assigned or {})
+    experts.convert(result, model, work, plans, fit if context.fits_weights else None, context)
     if len(result.rows) > operators:
         context.lap("experts")
     for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:operators])):

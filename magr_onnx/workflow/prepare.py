@@ -198,7 +198,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     convolutions, conv_skips = non_linear.select_convolutions(model, plan, chosen)
     operators, operator_skips = recurrent.select(model, plan, chosen)
     mixtures, mixture_skips = experts.select(model, plan, chosen, request.provider)
-    notes += layer_options.check_matches(request.patterns.tables, layers, convolutions)
+    notes += layer_options.check_matches(request.patterns.tables, [*mixtures, *layers], convolutions)
     others: list[EmbeddingTable | ConvLayer | RecurrentLayer | ExpertLayer] = [*tables, *convolutions, *operators, *mixtures]
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
@@ -206,6 +206,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     if not choosable and not _is_spent_on_activations(request, plan, convolutions):
         mixed_precision.check_layers(request.budget, layers)
     # raises errors early
+    layer_options.assign(request.patterns.tables, mixtures, request.options or {}, request.plan, request.provider)
     assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)
     plans = {layer.name: assigned[layer.name][1] if layer.name in assigned else plan for layer in layers}
     raise_all(OptionError, [text for layer in layers for text in plans[layer.name].layer_problems(layer, request.provider)])

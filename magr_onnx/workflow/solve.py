@@ -35,6 +35,7 @@ from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import (
     conv_sensitivity,
+    experts,
     growth,
     integer_convolutions,
     integer_speed,
@@ -191,11 +192,13 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     base = rounded_activations.rounded_copy(model, rounding.grids, prepared.plan)
     tied = tied_tables.tied_weights(base, prepared.plan, context.selection) if request.budget is None else frozenset()
     chosen = [] if context.memory.large else conv_sensitivity.choosable(model, prepared.plan, request, context.selection)
+    mixtures = experts.select(base, prepared.plan, context.selection, context.provider)[0]
+    own = layer_options.assign(request.patterns.tables, mixtures, request.options or {}, prepared.plan, context.provider)
     if chosen:  # by the budget, later
-        begun = non_linear.convert(model, base, replace(prepared.plan, convolutions=None), fit, rounding, tied, context)
+        begun = non_linear.convert(model, base, replace(prepared.plan, convolutions=None), fit, rounding, tied, context, own)
         begun.skips = [skip for skip in begun.skips if skip.reason != ConvReason.UNASKED]
     else:
-        begun = non_linear.convert(model, base, prepared.plan, fit, rounding, tied, context)
+        begun = non_linear.convert(model, base, prepared.plan, fit, rounding, tied, context, own)
     context.spill(base)
     context.report_layers(begun.rows)
     setup = replace(_set_up(prepared, base, begun, rounding.grids, tied, request, context), convolutions=chosen)

@@ -15,7 +15,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.core.experts import ACTIVATIONS
-from magr_onnx.errors import ModelError, NonFiniteError
+from magr_onnx.errors import ModelError, NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.layers.experts import ExpertLayer, find
 from magr_onnx.report.data import Report
@@ -384,6 +384,23 @@ def test_quantized_experts_are_described_and_left_alone(tmp_path: Path) -> None:
 def test_float_experts_are_listed_by_inspect() -> None:
     (row,) = magr_onnx.inspect(experts(form_of("swiglu"), bias=True)).layers
     assert (row["name"], row["op"], row["k"], row["n"], row["groups"], row["bias"]) == ("moe", "MoE", H, 3 * UNITS, E, True)
+
+
+def test_experts_have_options_of_their_own(tmp_path: Path) -> None:
+    text = f"""g (float[n, {H}] x) => (float[n, {H}] y) {{
+        scores = MatMul(x, r)
+        [first] a = com.microsoft.MoE<{attributes(form_of())}>(x, scores, w1, , w2)
+        [second] y = com.microsoft.MoE<{attributes(form_of())}>(a, scores, v1, , v2)
+    }}"""
+    weights = arrays(form_of(), bias=False)
+    proto = model(text, domains=MICROSOFT, **weights, v1=weights["w1"][::-1].copy(), v2=weights["w2"][::-1].copy())  # type: ignore[arg-type]
+    tables = [{"match": "first", "bits": 8, "block_size": None}, {"match": "v1", "block_size": 16, "quantizer": "rtn"}]
+    report = magr_onnx.optimize(proto, batches(4), output=tmp_path / "q.onnx", layers=tables, progress=False).report
+    first, second = (row_of(report, name) for name in ("first", "second"))
+    assert (first.bits, first.block_size, second.bits, second.block_size) == (8, H, 4, 16)
+    assert "options of its own: block_size=16, quantizer=rtn" in second.notes
+    with pytest.raises(OptionError, match="'third' matches no layer"):
+        magr_onnx.optimize(proto, layers=[{"match": "third", "bits": 8}], progress=False)
 
 
 def test_int8_activations_where_they_are_asked_for(tmp_path: Path) -> None:
