@@ -3,7 +3,7 @@
 Codes ``(E, N, K * bits / 8)`` uint8: a row per output channel of every expert, element ``k`` in the low bits first, as in MatMulNBits.
 Scales ``(E, N, K / block)``, or ``(E, N)`` for one a channel. Zero points are packed the same way, along blocks, ``(E, N, ...)``, or along
 channels, ``(E, ...)``, and left out where all equal the operator's default ``2^(bits - 1)``. Blocks divide K. 3-bit codes are stored in
-4 bits, 5 to 7 in 8. Measured with onnxruntime 1.26 to 1.32.
+4 bits, 5 to 7 in 8. Measured with onnxruntime 1.26 to 1.32; 2 bits from 1.27 on.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class ExpertTensors:
 
 
 def expert_block(wanted: int | None, widths: Sequence[int]) -> int | None:
-    """Return the largest block, a power of two from 16 to 256, that divides the block size ``wanted`` and all ``widths``.
+    """Return the largest block, a power of two from 16 to 256, that divides the block size ``wanted`` and is a part of all ``widths``.
 
-    None stands for one scale a channel: where that is wanted, and where no block divides all.
+    None stands for one scale a channel: where that is wanted, and where no block divides all. A block is never a whole column: onnxruntime
+    up to 1.30 rejects such files, or computes something else.
     """
-    sizes = [*widths] if wanted is None else [wanted, *widths]
-    fitting = [block for block in MATMULNBITS_BLOCKS if all(size % block == 0 for size in sizes)]
-    return None if wanted is None else max(fitting, default=None)
+    if wanted is None:
+        return None
+    fitting = [block for block in MATMULNBITS_BLOCKS if wanted % block == 0 and all(k % block == 0 and k > block for k in widths)]
+    return max(fitting, default=None)
 
 
 def stored_block(spec: WeightSpec, widths: Sequence[int]) -> int | None:

@@ -231,7 +231,7 @@ def _grid_notes(layer: ExpertLayer, plan: Plan, block: int | None, readers: int)
     wanted, notes = plan.quantize.block_size, list[str]()
     if block != wanted:
         how = "one scale a channel" if block is None else f"blocks of {block}"
-        notes.append(f"{how}: blocks of {wanted} do not divide both {layer.k} and {layer.units} inputs")
+        notes.append(f"{how}: blocks of {wanted} do not divide both {layer.k} and {layer.units} inputs, or are a whole column")
     if container_bits(plan.quantize.bits) == 8 and block is not None:
         notes.append(INT8)
     if readers > 1:

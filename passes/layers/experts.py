@@ -204,8 +204,9 @@ def _form(node: ir.Node) -> Form | str:
 def _misfit(form: Form, first: ConstantView, second: ConstantView, biases: list[ConstantView | None]) -> str:
     """What is wrong with shapes, as text; empty where they fit."""
     (count, wide, width), (others, height, units) = first.shape, second.shape
-    whole = all(size % 4 == 0 for size in (width, units))  # rows of 2-bit codes are whole bytes
     fits = count == others and height == width and wide == (2 * units if form.gated else units) and 1 <= form.k <= count
     shapes = [(count, wide), (count, height)]
     fits &= all(bias is None or bias.shape == shape for bias, shape in zip(biases, shapes, strict=True))
-    return "" if fits and whole else f"fc1 {list(first.shape)}, fc2 {list(second.shape)}, k {form.k}"
+    if fits and any(size % 4 for size in (width, units)):  # rows of 2-bit codes are whole bytes
+        return f"{width} and {units} inputs are not both multiples of 4"
+    return "" if fits else f"fc1 {list(first.shape)}, fc2 {list(second.shape)}, k {form.k}"

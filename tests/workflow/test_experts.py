@@ -322,7 +322,7 @@ def test_routers_stay_float_unless_included() -> None:
 
 def test_what_does_not_fit_the_kernel_gets_another_grid(tmp_path: Path) -> None:
     """Blocks divide the inputs of both layers; where none do, there is one scale a channel."""
-    for units, block in ((80, 16), (100, None)):
+    for units, block in ((80, 16), (32, 16), (100, None)):  # 32: a block is not a whole column
         path, proto = tmp_path / f"{units}.onnx", experts(units=units)
         row = row_of(magr_onnx.optimize(proto, output=path, progress=False).report)
         assert row.block_size == (block or H)
@@ -379,6 +379,23 @@ def test_quantized_experts_are_described_and_left_alone(tmp_path: Path) -> None:
     assert skip.detail.startswith(f"2 of {E} experts see a token, 4 bits in blocks of 32; w1_q4, ")
     with pytest.raises(ModelError, match="weight is quantized already"):
         magr_onnx.optimize(path, output=tmp_path / "again.onnx", progress=False)
+
+
+def test_layers_around_quantized_experts_are_converted(tmp_path: Path) -> None:
+    text = f"""g (float[n, {H}] x) => (float[n, {H}] y) {{
+        [up] u = MatMul(x, w)
+        [router] scores = MatMul(u, r)
+        [moe] m = com.microsoft.MoE<{attributes(form_of("swiglu"))}>(u, scores, w1, , w2)
+        [down] y = MatMul(m, v)
+    }}"""
+    proto = model(text, domains=MICROSOFT, w=constant("w", H, H), v=constant("v", H, H), **arrays(form_of("swiglu"), bias=False))
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    magr_onnx.optimize(proto, batches(4), output=first, include=["moe"], progress=False)
+    report = magr_onnx.optimize(first, batches(4), output=second, effort="best", progress=False).report
+    assert {row.name for row in report.layers} == {"up", "down"}
+    assert {skip.name: skip.op for skip in report.skipped} == {"router": "MatMul", "moe_q4": "QMoE"}
+    np.testing.assert_array_equal(emitted_weight(node_of(first)), emitted_weight(node_of(second)))
+    assert sqnr(run(proto, {"x": inputs(5)}), run(second, {"x": inputs(5)})) > 12
 
 
 def test_float_experts_are_listed_by_inspect() -> None:
