@@ -8,7 +8,7 @@ channels, ``(E, ...)``, and left out where all equal the operator's default ``2^
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,22 +81,22 @@ def pack_experts(weights: Sequence[QuantizedWeight], block: int | None) -> Exper
     return ExpertTensors(pack_bits(codes, bits), scales.astype(spec.scale_dtype), None if default else pack_bits(zeros, bits), bits)
 
 
-def dequantize_experts(tensors: ExpertTensors, k: int) -> Array:
-    """Return the weights ``(E, K, N)`` float32 of all experts.
+def dequantize_experts(tensors: ExpertTensors) -> Iterator[Array]:
+    """Yield the weight ``(K, N)`` float32 of every expert.
 
     Raises:
         ValueError: Shapes do not fit each other.
     """
-    scales, bits = tensors.scales.astype(np.float32), tensors.bits
-    experts, n = scales.shape[:2]
-    blocks = scales.shape[2] if scales.ndim == 3 else 1
-    if k % blocks or tensors.codes.shape != (experts, n, k * bits // 8):
-        raise ValueError(f"codes {tensors.codes.shape} of {bits} bits do not fit scales {scales.shape} and {k} inputs")
-    codes = unpack_bits(tensors.codes, bits, k).reshape(experts, n, blocks, -1)
-    if tensors.zero_points is None:
-        zeros = np.full((experts, n, blocks), 2 ** (bits - 1), np.uint8)
-    else:
-        zeros = unpack_bits(tensors.zero_points, bits, blocks if scales.ndim == 3 else n).reshape(experts, n, blocks)
-    real = (codes.astype(np.float32) - zeros[..., None]) * scales.reshape(experts, n, blocks, 1)
-    result: Array = np.ascontiguousarray(real.reshape(experts, n, k).transpose(0, 2, 1), np.float32)
-    return result
+    bits, blocked = tensors.bits, tensors.scales.ndim == 3
+    experts, n = tensors.scales.shape[:2]
+    blocks, k = tensors.scales.shape[2] if blocked else 1, tensors.codes.shape[2] * 8 // bits
+    if k % blocks or tensors.codes.shape[:2] != (experts, n):
+        raise ValueError(f"codes {tensors.codes.shape} of {bits} bits do not fit scales {tensors.scales.shape}")
+    for number in range(experts):
+        codes = unpack_bits(tensors.codes[number], bits, k).reshape(n, blocks, -1).astype(np.float32)
+        if tensors.zero_points is None:
+            codes -= 2 ** (bits - 1)
+        else:
+            codes -= unpack_bits(tensors.zero_points[number], bits, blocks if blocked else n).reshape(n, blocks, 1)
+        codes *= tensors.scales[number].astype(np.float32).reshape(n, blocks, 1)
+        yield codes.reshape(n, k).T

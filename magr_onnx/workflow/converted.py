@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 from magr_onnx.core.histograms import sampled_steps, subsample
@@ -35,9 +36,15 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
     def add(
-        self, layer: WeightedNode, solution: LayerSolution, emitted: Emitted | None, written: Array | None = None, groups: int = 1
+        self,
+        layer: WeightedNode,
+        solution: LayerSolution,
+        emitted: Emitted | None,
+        written: Array | Iterator[Array] | None = None,
+        groups: int = 1,
     ) -> None:
-        """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it, if it was put on a grid."""
+        """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it, if it was put on a grid, as a
+        whole or in parts along its first axis."""
         self.rows.append(_layer_row(layer, solution, emitted, groups))
         if emitted is not None:
             self.emitted[layer.name] = emitted

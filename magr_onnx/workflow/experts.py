@@ -187,9 +187,9 @@ def _write(result: Converted, group: _Group, stats: Iterable[Stats] | None, why:
     notes = (*own, *notes_of(solved), *seen, *_grid_notes(first, plan, block, len(group.readers)))
     joined = replace(joined, record=joined.record.noting(*notes))
     attributes = {} if plan.emitter is None else plan.emitter.expert_attributes
-    quantized, weights = [[one.quantized for one in part] for part in solved], written(solved)
+    quantized = [[one.quantized for one in part] for part in solved]
     for layer, emitted in zip(group.readers, emitter.emit(group.readers, quantized, biases_of(solved), attributes), strict=True):
-        result.add(layer, joined, emitted, weights, first.experts)
+        result.add(layer, joined, emitted, written(solved), first.experts)
 
 
 def _count_notes(counts: Counts) -> list[str]:
@@ -219,8 +219,8 @@ def _solved(layer: ExpertLayer, plan: Plan, stats: Iterable[Stats]) -> list[list
         return Solved.of(problem, plan.solve(problem))
 
     both: list[list[Solved]] = [[], []]
-    for number, known in enumerate(stats):
-        for solved, one in zip(both, threads.each(solve, problems_of(layer, number, known)), strict=True):
+    for problems in problems_of(layer, stats):
+        for solved, one in zip(both, threads.each(solve, problems), strict=True):
             solved.append(one)
     return both
 

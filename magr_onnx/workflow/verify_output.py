@@ -33,12 +33,16 @@ def check_weights(layers: Sequence[LinearLayer | ConvLayer | RecurrentLayer | Ex
     """Name every layer with NaN or infinite weights or bias, before any work."""
     problems = []
     for layer in layers:
-        for what, array, check in (("weight", layer.read(), check_weight), ("bias", layer.read_bias(), check_finite)):
-            try:
-                if array is not None:
-                    check(f"{what} of {layer.name}", array)
-            except NonFiniteError as error:
-                problems.append(str(error))
+        try:
+            for part in layer.parts():
+                check_weight(f"weight of {layer.name}", part)
+        except NonFiniteError as error:
+            problems.append(str(error))
+        try:
+            if (bias := layer.read_bias()) is not None:
+                check_finite(f"bias of {layer.name}", bias)
+        except NonFiniteError as error:
+            problems.append(str(error))
     raise_all(NonFiniteError, problems)
 
 

@@ -107,9 +107,13 @@ def emitted_matrices(node: ir.Node) -> Array | None:
         codes, scales, zeros = (stored_array(operand(node, index[at])) for index in (CODES, SCALES, ZERO_POINTS))
         if codes is None or scales is None or codes.ndim != 3:
             return None
-        try:
-            parts.append(dequantize_experts(ExpertTensors(codes, scales, zeros, bits), codes.shape[2] * 8 // bits))
-        except ValueError:
-            return None
-    first, second = parts
-    return np.concatenate([first, second.transpose(0, 2, 1)], axis=2) if first.shape[1] == second.shape[2] else None
+        parts.append(ExpertTensors(codes, scales, zeros, bits))
+    (count, wide, _), (_, height, _) = (part.codes.shape for part in parts)
+    units = parts[1].codes.shape[2] * 8 // bits
+    result: Array = np.empty((count, height, wide + units), np.float32)
+    try:
+        for both, first, second in zip(result, *map(dequantize_experts, parts), strict=True):
+            both[:, :wide], both[:, wide:] = first, second.T
+    except ValueError:  # shapes do not fit
+        return None
+    return result

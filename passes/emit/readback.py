@@ -60,9 +60,12 @@ def readers_of(node: ir.Node) -> Iterator[Reader]:
     return iter(dict.fromkeys(readers[operator] for readers in sources if operator in readers))
 
 
-def digest(weight: Array) -> str:
-    """Hash the bits of a dequantized weight."""
-    return hashlib.sha256(np.ascontiguousarray(weight, dtype=np.float32).data).hexdigest()[:16]
+def digest(weight: Array | Iterator[Array]) -> str:
+    """Hash the bits of a dequantized weight, given as a whole or in parts along its first axis."""
+    hashed = hashlib.sha256()
+    for part in (weight,) if isinstance(weight, np.ndarray) else weight:
+        hashed.update(np.ascontiguousarray(part, dtype=np.float32).data)
+    return hashed.hexdigest()[:16]
 
 
 def _is_constant(value: ir.Value) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,8 @@ from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution, outpu
 from magr_onnx.core.types import Array, LayerStats, QuantizedWeight
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.experts import ExpertLayer
+
+SKETCHED = 8  # experts in the histogram of a report, at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +40,14 @@ class Solved:
         return Solved(solution.quantized, solution.bias, replace(solution.record, weights=None, errors=()), power)
 
 
-def problems_of(layer: ExpertLayer, expert: int, stats: Sequence[LayerStats | None]) -> list[LayerProblem]:
-    """Read both layers of one expert as problems; those without ``stats`` are data-free."""
-    kind = float_type(layer.dtype)
-    return [
-        LayerProblem(matrix, None if bias is None else bias[expert], LayerStats.data_free(len(matrix)) if known is None else known, kind)
-        for matrix, bias, known in zip(layer.matrices(expert), layer.read_biases(), stats, strict=True)
-    ]
+def problems_of(layer: ExpertLayer, stats: Iterable[Sequence[LayerStats | None]]) -> Iterator[list[LayerProblem]]:
+    """Yield both layers of every expert as problems; those without ``stats`` are data-free."""
+    kind, biases = float_type(layer.dtype), layer.read_biases()
+    for number, (known, matrices) in enumerate(zip(stats, layer.matrices(range(layer.experts)), strict=True)):
+        yield [
+            LayerProblem(matrix, None if bias is None else bias[number], LayerStats.data_free(len(matrix)) if one is None else one, kind)
+            for matrix, bias, one in zip(matrices, biases, known, strict=True)
+        ]
 
 
 def join(layer: ExpertLayer, solved: Sequence[Sequence[Solved]], rows: int) -> LayerSolution:
@@ -58,18 +61,18 @@ def join(layer: ExpertLayer, solved: Sequence[Sequence[Solved]], rows: int) -> L
     every = [one for part in solved for one in part]
     power = sum(one.power for one in every)
     error = ratio(sum(one.power * (one.record.error or 0.0) ** 2 for one in every), power)
-    before = layer.read()
-    weights = sketch(before.reshape(-1, before.shape[2]), None, None)
+    some = layer.matrices(range(0, layer.experts, -(-layer.experts // SKETCHED)))
+    weights = sketch(np.hstack([part for first, second in some for part in (first, second.T)]), None, None)
     compensated = any(one.record.bias_compensated for one in every)
     record = LayerRecord(rows, error, bias_compensated=compensated, weights=weights)
     nothing = np.empty((layer.k, 0), np.float32)
     return LayerSolution(nothing, None, nothing, quantized=every[0].quantized, changed=True, record=record)
 
 
-def written(solved: Sequence[Sequence[Solved]]) -> Array:
-    """Return the dequantized weights as they are read back: ``(E, H, F + I)``, the second layer transposed."""
-    first, second = solved
-    return np.stack([np.hstack([a.quantized.dequantize(), b.quantized.dequantize().T]) for a, b in zip(first, second, strict=True)])
+def written(solved: Sequence[Sequence[Solved]]) -> Iterator[Array]:
+    """Yield the dequantized weights of every expert as they are read back: ``(H, F + I)``, the second layer transposed."""
+    for first, second in zip(*solved, strict=True):
+        yield np.hstack([first.quantized.dequantize(), second.quantized.dequantize().T])
 
 
 def biases_of(solved: Sequence[Sequence[Solved]]) -> list[Array | None]:

@@ -10,10 +10,12 @@ onnxruntime's kernel for CPUs has no third projection (``fc3``), and takes gates
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.experts import ACTIVATIONS, GATED, Form
@@ -105,15 +107,24 @@ class ExpertLayer(WeightedNode):
         """Return the size of both weights as the operator reads them."""
         return sum(view.tensor().nbytes for view in (self.weight, self.second))
 
-    def matrices(self, expert: int) -> tuple[Array, Array]:
-        """Read the matrices of one expert, ``(H, F)`` and ``(I, H)`` float32."""
-        first, second = (view.tensor().numpy()[expert].T.astype(np.float32) for view in (self.weight, self.second))
-        return np.ascontiguousarray(first), np.ascontiguousarray(second)
+    def stacks(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Read both weights as they are stored, ``(E, F, H)`` and ``(E, H, I)``."""
+        return self.weight.tensor().numpy(), self.second.tensor().numpy()
+
+    def matrices(self, numbers: Iterable[int]) -> Iterator[tuple[Array, Array]]:
+        """Read the matrices of some experts, ``(H, F)`` and ``(I, H)`` float32, one expert at a time."""
+        first, second = self.stacks()
+        for number in numbers:
+            yield to_matrix(first[number]), to_matrix(second[number])
 
     def read(self) -> Array:
         """Read the matrices of all experts, the second one transposed: ``(E, H, F + I)`` float32."""
-        first, second = (view.tensor().numpy().astype(np.float32) for view in (self.weight, self.second))
-        return np.concatenate([first.transpose(0, 2, 1), second], axis=2)
+        return np.stack([np.hstack([first, second.T]) for first, second in self.matrices(range(self.experts))])
+
+    def parts(self) -> Iterator[Array]:
+        """Read the matrices of all experts, one at a time."""
+        for both in self.matrices(range(self.experts)):
+            yield from both
 
     def read_biases(self) -> tuple[Array | None, Array | None]:
         """Read the biases of both layers of all experts, ``(E, F)`` and ``(E, H)`` float64; None where there is none."""
@@ -124,6 +135,11 @@ class ExpertLayer(WeightedNode):
         """Read all biases in a row; None where there are none."""
         found = [bias.ravel() for bias in self.read_biases() if bias is not None]
         return np.concatenate(found) if found else None
+
+
+def to_matrix(weight: npt.NDArray[Any]) -> Array:
+    """Turn a weight ``(N, K)`` into a matrix ``(K, N)`` float32."""
+    return np.ascontiguousarray(weight.T, np.float32)
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[ExpertLayer], list[Skip]]:

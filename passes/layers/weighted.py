@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array
 from magr_onnx.errors import listed
 from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused, is_step
 from magr_onnx.passes.graph.names import Names, add_initializer
@@ -48,6 +49,14 @@ class WeightedNode(abc.ABC):
     @abc.abstractmethod
     def n(self) -> int:
         """Return the columns of the weight's matrix."""
+
+    @abc.abstractmethod
+    def read(self) -> Array:
+        """Read the weight as a matrix, or a stack of them."""
+
+    def parts(self) -> Iterator[Array]:
+        """Read the weight in parts, so that a large one is not in memory as a whole."""
+        yield self.read()
 
     @property
     def groups(self) -> int:

@@ -26,7 +26,7 @@ from magr_onnx.core.moments import MomentAccumulator, split_stats
 from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes.instrument.segments import segments_of
-from magr_onnx.passes.layers.experts import ExpertLayer
+from magr_onnx.passes.layers.experts import ExpertLayer, to_matrix
 from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.staged import Values, lives_of
@@ -108,7 +108,8 @@ class Tokens:
     def moments(self, experts: Sequence[int], counts: npt.NDArray[np.intp]) -> list[Stats]:
         """Return the second moments of what both layers of some ``experts`` read; ``counts (E,)`` are the tokens that go to each."""
         hold_out, share = HoldOut.of(self.data.samples), -(-FEW // len(self.data))
-        found = [_Expert.start(self.layer, number, hold_out) for number in experts]
+        first = self.layer.stacks()[0]
+        found = [_Expert.start(self.layer, number, to_matrix(first[number]), hold_out) for number in experts]
         for index, kept, scores, rows in self._batches():
             seen, weight = route(scores, self.layer.form.k) & kept[:, None], self.data.weight(index)
             for expert in found:
@@ -150,14 +151,14 @@ class _Expert:
     sums: tuple[Parts[MomentAccumulator], Parts[MomentAccumulator]]
 
     @staticmethod
-    def start(layer: ExpertLayer, number: int, hold_out: HoldOut) -> _Expert:
+    def start(layer: ExpertLayer, number: int, weight: Array, hold_out: HoldOut) -> _Expert:
         """Start with no tokens."""
         bias = layer.read_biases()[0]
         first, second = (
             Parts(hold_out, width, partial(MomentAccumulator, width, few=width >= LEAST_WIDTH)) for width in (layer.k, layer.units)
         )
         of_expert = None if bias is None else bias[number].astype(np.float32)
-        return _Expert(layer, number, layer.matrices(number)[0], of_expert, (first, second))
+        return _Expert(layer, number, weight, of_expert, (first, second))
 
     def add(self, batch: int, rows: Array, weight: float) -> None:
         """Add tokens ``(n, H)``."""
