@@ -12,8 +12,9 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.checks import check_weight
 from magr_onnx.core.layer import LayerProblem, LayerSolution
-from magr_onnx.core.types import LayerStats, ScaleType, check_weight
+from magr_onnx.core.types import LayerStats, ScaleType
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.layers.weighted import FLOATS

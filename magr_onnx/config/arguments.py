@@ -71,6 +71,7 @@ class RunArguments(TypedDict, total=False):
     external_data: bool
     resume: str | os.PathLike[str] | None
     workers: int | str | None
+    device: str
 
 
 class Arguments(Options, RunArguments, total=False):

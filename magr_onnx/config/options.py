@@ -246,6 +246,10 @@ RUN = _by_name(
         OptionSpec(
             name="provider", help=f"{', '.join(PROVIDERS)}, or an onnxruntime provider name.", types=_TEXT, default="cpu", panel=LARGE),
         OptionSpec(
+            name="device",
+            help="Where layers are solved: cpu; cuda or cuda:1, a GPU, with the extra gpu; torch-cpu, what a GPU does on the CPU, for "
+            "tests. The provider says where models run.", types=_TEXT, default="cpu", panel=LARGE, metavar="NAME"),
+        OptionSpec(
             name="workers", types=(str, int, NoneType), expected="a number of processes or the address of a scheduler",
             help="Solve layers in this many processes, or by the workers of a scheduler of dask.distributed, as tcp://host:8786, to the "
             "same file; see docs/distributed.md.", panel=LARGE, metavar="N|ADDRESS"),

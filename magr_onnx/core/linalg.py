@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core import threads
+from magr_onnx.core import backends
 from magr_onnx.core.gram import LARGE_ROWS, Array, Gram, RowGram
 from magr_onnx.core.types import column_parts
 from magr_onnx.errors import NonFiniteError
@@ -22,9 +22,9 @@ def lambda_max(matrix: Gram, iterations: int = 24, seed: int = 0, scale: Array |
     Costs one product with the matrix an iteration (``2 K^2`` FLOPs). The Ritz value is a lower bound, tight to about
     1e-3 in 24 iterations even where the top of the spectrum is clustered; callers that need an upper bound add a margin.
     """
-    k = len(matrix)
-    if k <= iterations and isinstance(matrix, np.ndarray):
-        dense = matrix.astype(np.float64)
+    k, b = len(matrix), backends.of(matrix)
+    if k <= iterations and not isinstance(matrix, RowGram):
+        dense = b.host(matrix).astype(np.float64)
         return float(np.linalg.eigvalsh(dense if scale is None else dense * scale * scale[:, None])[-1])
     basis = np.zeros((iterations + 1, k))
     diagonal, off = np.zeros(iterations), np.zeros(iterations)
@@ -33,7 +33,7 @@ def lambda_max(matrix: Gram, iterations: int = 24, seed: int = 0, scale: Array |
     steps = iterations
     for i in range(iterations):
         x = basis[i] if scale is None else basis[i] * scale
-        w = (matrix @ x.astype(matrix.dtype)).astype(np.float64)
+        w = b.host(matrix @ b.array(x, matrix.dtype)).astype(np.float64)
         if scale is not None:
             w *= scale
         diagonal[i] = w @ basis[i]
@@ -61,14 +61,16 @@ def damped(gram: Gram, damping: float, overwrite: bool = False) -> Gram:
     that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave the
     variance of constant inputs slightly negative.
     """
-    diagonal = gram.diagonal() if isinstance(gram, RowGram) else np.diagonal(gram, axis1=-2, axis2=-1).copy()
-    mean = np.abs(diagonal).mean(axis=-1, keepdims=True).astype(np.float64)
-    floor = (1e-6 * np.where(mean > 0, mean, 1.0)).astype(diagonal.dtype)
+    b = backends.of(gram)
+    xp = b.xp
+    diagonal = gram.diagonal() if isinstance(gram, RowGram) else b.copy(b.diagonal(gram))
+    mean = b.cast(xp.mean(xp.abs(diagonal), axis=-1, keepdims=True), "float64")
+    floor = b.cast(1e-6 * xp.where(mean > 0, mean, 1.0), diagonal.dtype)
     if isinstance(gram, RowGram):
         return gram.plus_diagonal(damping * np.maximum(diagonal, floor))
-    result: Array = gram if overwrite else gram.copy()
-    view = np.einsum("...kk->...k", result)  # of the diagonal
-    view += damping * np.maximum(diagonal, floor)
+    result: Array = gram if overwrite else b.copy(gram)
+    view = b.diagonal(result)
+    view += damping * xp.maximum(diagonal, floor)
     return result
 
 
@@ -104,58 +106,63 @@ def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[n
     Raises:
         NonFiniteError: NaN or infinity, or no damping up to ``damping * 10**retries`` makes the matrix positive definite.
     """
-    if not np.isfinite(gram).all():
+    b = backends.of(gram)
+    if not b.xp.all(b.xp.isfinite(gram)):
         raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) holds NaN or infinite values")
-    if single and (factor := _single(damped(_ordered(gram, order, np.float32), damping, overwrite=True))) is not None:
+    if single and (factor := _single(damped(_ordered(gram, order, "float32"), damping, overwrite=True))) is not None:
         return Cholesky(factor, damping)
     for attempt in range(retries + 1):
         if attempt:
             damping = max(10 * damping, 1e-6)
         try:
             return Cholesky(_factor(damped(_ordered(gram, order), damping, overwrite=True)), damping)
-        except np.linalg.LinAlgError:
+        except b.singular:
             continue
     raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) is not positive definite even with damping {damping:g}")
 
 
-def _ordered(gram: Array, order: npt.NDArray[np.intp] | None, kind: type[np.floating[Any]] = np.float64) -> Array:
+def _ordered(gram: Array, order: npt.NDArray[np.intp] | None, kind: str = "float64") -> Array:
     """Copy a matrix in another type, rows and columns in ``order``."""
+    b = backends.of(gram)
     if order is None:
-        return gram.astype(kind)
-    result: Array = np.empty(gram.shape, kind)
+        return b.copy(b.cast(gram, kind))
+    result, index = b.empty(gram.shape, kind), b.index(order)
     for at in range(0, len(gram), LARGE_ROWS):
-        result[at : at + LARGE_ROWS] = gram[order[at : at + LARGE_ROWS]].astype(kind).take(order, axis=1)
+        result[at : at + LARGE_ROWS] = b.xp.take(b.cast(gram[index[at : at + LARGE_ROWS]], kind), index, axis=1)
     return result
 
 
 def _single(matrix: Array) -> Array | None:
     """Compute the lower Cholesky factor of ``matrix (K, K)`` float32 in place; None where rounding may have changed it much."""
+    b = backends.of(matrix)
     least = _PIVOT * len(matrix) * matrix.diagonal()
     try:
         lower = _factor(matrix)
-    except np.linalg.LinAlgError:
+    except b.singular:
         return None
-    return lower if (np.square(lower.diagonal()) > least).all() else None
+    return lower if b.xp.all(b.xp.square(lower.diagonal()) > least) else None
 
 
 def _factor(matrix: Array) -> Array:
     """Compute the lower Cholesky factor of ``matrix (K, K)`` in place, by block columns: nearly all of it is matrix products.
 
-    LAPACK's routine as NumPy calls it takes several times as long, and three such matrices.
+    LAPACK's routine as NumPy calls it takes several times as long, and three such matrices; on a GPU it is the other way round.
     """
-    k = len(matrix)
-    size = _BLOCK if k <= _WIDE else _WIDE // 8
+    k, backend = len(matrix), backends.of(matrix)
+    xp, product = backend.xp, backend.product
+    size = backend.part(_BLOCK if k <= _WIDE else _WIDE // 8, k)
     if k <= size:
-        return np.linalg.cholesky(matrix)
+        lower: Array = xp.linalg.cholesky(matrix)
+        return lower
     for a in range(0, k, size):
         b = min(a + size, k)
         if a:
-            matrix[a:, a:b] -= threads.product(matrix[a:, :a], matrix[a:b, :a].T)
-        block = _factor(matrix[a:b, a:b].copy())
+            matrix[a:, a:b] -= product(matrix[a:, :a], matrix[a:b, :a].T)
+        block = _factor(backend.copy(matrix[a:b, a:b]))
         matrix[a:b, a:b] = block
         matrix[a:b, b:] = 0
         if b < k:
-            matrix[b:, a:b] = threads.product(matrix[b:, a:b], np.linalg.inv(block).T.astype(matrix.dtype))
+            matrix[b:, a:b] = product(matrix[b:, a:b], backend.cast(xp.linalg.inv(block).T, matrix.dtype))
     return matrix
 
 
@@ -166,19 +173,21 @@ def solver(gram: Gram) -> Callable[[Array], Array]:
     """
     if isinstance(gram, RowGram):
         return gram.solve
-    lower = _single(gram.astype(np.float32))
+    backend = backends.of(gram)
+    xp, product = backend.xp, backend.product
+    lower = _single(backend.copy(backend.cast(gram, "float32")))
     if lower is None:
-        return lambda x: np.linalg.solve(gram, x)
+        return lambda x: xp.linalg.solve(gram, x)
     k = len(lower)
     blocks = [slice(at, min(at + _TRIANGLE, k)) for at in range(0, k, _TRIANGLE)]
-    inverses = [np.linalg.inv(lower[b, b]) for b in blocks]
+    inverses = [xp.linalg.inv(lower[b, b]) for b in blocks]
 
     def solve(x: Array) -> Array:
-        result: Array = x.astype(np.float32)
+        result = backend.copy(backend.cast(x, "float32"))
         for b, inverse in zip(blocks, inverses, strict=True):
-            result[b] = inverse @ (result[b] - threads.product(lower[b, : b.start], result[: b.start]))
+            result[b] = inverse @ (result[b] - product(lower[b, : b.start], result[: b.start]))
         for b, inverse in zip(blocks[::-1], inverses[::-1], strict=True):
-            result[b] = inverse.T @ (result[b] - threads.product(lower[b.stop :, b].T, result[b.stop :]))
+            result[b] = inverse.T @ (result[b] - product(lower[b.stop :, b].T, result[b.stop :]))
         return result
 
     return solve
@@ -189,13 +198,14 @@ def left_product(x: Array, gram: Gram, out: Array) -> None:
     if isinstance(gram, RowGram):
         gram.left_product(x, out)
     else:
-        threads.product(x, gram, out)
+        backends.of(x).product(x, gram, out=out)
 
 
 def inner(a: Array, b: Array) -> float:
     """Return ``sum a b`` of float32 arrays, in double precision where single precision overflows."""
-    total = float(np.vdot(a, b))
-    return total if np.isfinite(total) else float(np.einsum("kn,kn->", a, b, dtype=np.float64))
+    backend = backends.of(a)
+    total = backend.inner(a, b)
+    return total if np.isfinite(total) else float(backend.contract("kn,kn->", a, b))
 
 
 def layer_error(difference: Array, gram: Gram) -> float:
@@ -205,9 +215,10 @@ def layer_error(difference: Array, gram: Gram) -> float:
 
 def column_errors(difference: Array, gram: Gram) -> Array:
     """Return ``d^T H d`` for every column ``d`` of ``difference (K, N)``, as ``(N,)`` float64."""
-    h = gram.astype(difference.dtype, copy=False)
-    parts = (difference[:, c] for c in column_parts(*difference.shape))
-    return np.concatenate([np.einsum("kn,kn->n", part, h @ part, dtype=np.float64) for part in parts])
+    b = backends.of(difference)
+    h = b.cast(gram, difference.dtype)
+    parts = (difference[:, c] for c in column_parts(*difference.shape, most=b.column_bytes))
+    return np.concatenate([b.host(b.contract("kn,kn->n", part, h @ part)) for part in parts])
 
 
 def transposed_product(weight: Array, x: Array) -> Array:

@@ -25,12 +25,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import numpy as np
-
-from magr_onnx.core import compiled
+from magr_onnx.core import backends, compiled
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.linalg import lambda_max, left_product
 from magr_onnx.core.prox import levels
@@ -42,7 +40,7 @@ Method = Literal["fista", "authors"]
 AUTHORS_ITERATIONS = 200
 _STEP = 1.25  # in units of 1 / L; a plain step lowers the objective up to 2
 _MOMENTUM = 0.95
-_CHUNK = 1 << 16  # elements of a row block whose element-wise work stays in cache
+_CHUNK, _ALL = 1 << 16, 1 << 26  # elements of a row block whose element-wise work stays in cache, and where there is none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +67,10 @@ class Reduction:
     penalty: float
     trace: tuple[float, ...] = ()
 
+    def host(self) -> Reduction:
+        """Return the result with weights of NumPy."""
+        return replace(self, weights=backends.of(self.weights).host(self.weights))
+
 
 def penalty(weights: Array, gram: Gram, alpha: float, relative: bool = True, group_size: int | None = None) -> float:
     """Return the ``a`` of the objective for a given ``alpha``.
@@ -80,7 +82,8 @@ def penalty(weights: Array, gram: Gram, alpha: float, relative: bool = True, gro
     if not relative:
         return float(alpha) * lambda_max(gram)
     rows = len(weights) if group_size is None else min(group_size, len(weights))
-    return float(alpha) * rows * float(np.abs(weights).mean()) * float(gram.diagonal().sum()) / len(gram)
+    xp = backends.of(weights).xp
+    return float(alpha) * rows * float(xp.mean(xp.abs(weights))) * float(gram.diagonal().sum()) / len(gram)
 
 
 def reduce(
@@ -110,9 +113,9 @@ def reduce(
     Raises:
         OptionError: A negative or infinite alpha, an unknown method, or shapes that do not fit.
     """
-    k = len(weights)
+    k, b = len(weights), backends.of(weights)
     if gram.shape != (k, k):
-        raise OptionError(f"weights {weights.shape} need a Gram matrix {(k, k)}; got {gram.shape}")
+        raise OptionError(f"weights {tuple(weights.shape)} need a Gram matrix {(k, k)}; got {tuple(gram.shape)}")
     if not 0 <= alpha < math.inf:
         raise OptionError(f"alpha={alpha} must be 0 or more, and finite")
     if group_size is not None and group_size < 1:
@@ -121,19 +124,19 @@ def reduce(
         raise OptionError(f"method={method!r} is not known; choose one of {', '.join(get_args(Method))}")
     a = penalty(weights, gram, alpha, relative, group_size)
     if a == 0:
-        return Reduction(weights.copy(), 0.0, 0.0, 0.0, 0, True, 0.0)
+        return Reduction(b.copy(weights), 0.0, 0.0, 0.0, 0, True, 0.0)
     accelerate = method == "fista"
     limit = (30 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
-    problem = _Problem.make(gram, a, size, accelerate, by_row=not compiled.serves(*weights.shape))
+    problem = _Problem.make(gram, a, size, accelerate, by_row=not compiled.serves(*weights.shape, backend=b))
 
     def solve(c: slice) -> Reduction:
         target = problem.targets(weights[:, c])
         x, trace, gap, converged = _iterate(problem, target, limit, tolerance if accelerate else 0.0, accelerate)
-        result = np.ascontiguousarray(x[:, :k].T).astype(weights.dtype, copy=False)
+        result = b.cast(b.contiguous(x[:, :k].T), weights.dtype)
         return Reduction(result, trace[-1], trace[0], gap, len(trace) - 1, converged, a, tuple(trace))
 
-    parts = compiled.by_columns(solve, *weights.shape)
+    parts = compiled.by_columns(solve, *weights.shape, backend=b)
     return parts[0] if len(parts) == 1 else _joined(parts, a)
 
 
@@ -141,7 +144,8 @@ def _joined(parts: list[Reduction], a: float) -> Reduction:
     """Join output channels solved in slices; the gap is the weighted mean, an upper bound for all of them."""
     objective = sum(p.objective for p in parts)
     start, gap = sum(p.start for p in parts), sum(p.gap * p.objective for p in parts) / max(objective, 1e-300)
-    weights, trace = np.hstack([p.weights for p in parts]), tuple(sum_traces(*[p.trace for p in parts]))
+    xp = backends.of(parts[0].weights).xp
+    weights, trace = xp.concatenate([p.weights for p in parts], axis=1), tuple(sum_traces(*[p.trace for p in parts]))
     iterations, converged = max(p.iterations for p in parts), all(p.converged for p in parts)
     return Reduction(weights, objective, start, gap, iterations, converged, a, trace)
 
@@ -158,23 +162,25 @@ class _Problem:
 
     @staticmethod
     def make(gram: Gram, a: float, size: int, precondition: bool, by_row: bool) -> _Problem:
-        k = len(gram)
+        k, b = len(gram), backends.of(gram)
         padded = -(-k // size) * size
-        h = gram.astype(np.float32, order="C", copy=False)
-        if padded != k:
-            h = h.padded(padded) if isinstance(h, RowGram) else np.pad(h, (0, padded - k))
+        h = b.single(gram)
+        if padded != k and isinstance(h, RowGram):
+            h = h.padded(padded)
+        elif padded != k:
+            h, inner = b.zeros((padded, padded)), h
+            h[:k, :k] = inner
         power = h.diagonal()
-        diagonal = np.maximum(power, 1e-6 * max(float(power[:k].mean()), 1e-30)).astype(np.float32)
+        diagonal = b.cast(b.xp.maximum(power, 1e-6 * max(float(power[:k].mean()), 1e-30)), "float32")
         if precondition:
-            root = 1 / np.sqrt(diagonal)
-            metric = lambda_max(h, scale=root) / _STEP * diagonal
+            metric = lambda_max(h, scale=b.host(1 / b.xp.sqrt(diagonal))) / _STEP * diagonal
         else:
-            metric = np.full(padded, lambda_max(gram), np.float32)
-        return _Problem(h, metric.astype(np.float32), a, size, by_row)
+            metric = b.xp.full_like(diagonal, lambda_max(gram))
+        return _Problem(h, b.cast(metric, "float32"), a, size, by_row)
 
     def targets(self, weights: Array) -> Array:
         """Return ``weights (K, N)`` as ``(N, K')``."""
-        target = np.zeros((weights.shape[1], len(self.metric)), np.float32)
+        target = backends.of(weights).zeros((weights.shape[1], len(self.metric)))
         target[:, : len(weights)] = weights.T
         return target
 
@@ -183,15 +189,18 @@ class _Problem:
 
     def norms(self, x: Array) -> Array:
         """Return ``sum over groups ||w_group||_inf`` of every channel, ``(N,)``."""
-        result: Array = np.abs(self.grouped(x)).max(axis=-1).sum(axis=-1, dtype=np.float64)
+        xp = backends.of(x).xp
+        result: Array = xp.sum(xp.max(xp.abs(self.grouped(x)), axis=-1), axis=-1, dtype=xp.float64)
         return result
 
     def gap(self, x: Array, target: Array, gradient: Array) -> float:
         """Return the relative duality gap at ``x``; the dual point is the gradient scaled into the dual ball."""
-        l1 = np.abs(self.grouped(gradient)).sum(axis=-1).max(axis=-1)
-        theta = np.minimum(1, self.penalty / np.maximum(l1, 1e-30 * max(self.penalty, 1.0))).astype(np.float64)
-        quadratic = np.einsum("nk,nk->n", x - target, gradient, dtype=np.float64)
-        inner = np.einsum("nk,nk->n", target, gradient, dtype=np.float64)
+        b = backends.of(x)
+        xp = b.xp
+        l1 = xp.max(xp.sum(xp.abs(self.grouped(gradient)), axis=-1), axis=-1)
+        theta = b.cast(xp.minimum(1, self.penalty / xp.maximum(l1, 1e-30 * max(self.penalty, 1.0))), "float64")
+        quadratic = b.contract("nk,nk->n", x - target, gradient)
+        inner = b.contract("nk,nk->n", target, gradient)
         primal = 0.5 * quadratic + self.penalty * self.norms(x)
         dual = -0.5 * theta**2 * quadratic - theta * inner
         return float((primal - dual).sum() / max(primal.sum(), 1e-300))
@@ -207,8 +216,9 @@ def _iterate(problem: _Problem, target: Array, limit: int, tolerance: float, acc
     Returns:
         The weights, the objective at the start and after every step, the relative duality gap, and whether a stopping rule ended it.
     """
-    a, group = problem.penalty, problem.group
-    x = target.copy()
+    a, group, b = problem.penalty, problem.group, backends.of(target)
+    xp = b.xp
+    x = b.copy(target)
     channels, width = target.shape
     metric = problem.metric.reshape(-1, group)
     inverse = 1 / problem.metric
@@ -218,23 +228,22 @@ def _iterate(problem: _Problem, target: Array, limit: int, tolerance: float, acc
 
         take = reduction.step
     difference = x - target
-    product = np.zeros_like(difference)  # so far they are equal
+    product = xp.zeros_like(difference)  # so far they are equal
     values = a * problem.norms(x)
     trace = [float(values.sum())]
     objective_before = trace[0]
     before = x - product * inverse
-    level: Array = np.zeros((channels, width // group), np.float32)
-    momentum = np.zeros(channels, np.float32)
+    level, momentum = b.zeros((channels, width // group)), b.zeros((channels,))
     converged = False
     for count in range(1, limit + 1):
         take(x, product, before, momentum, inverse, metric, level, a)
         before, product = product, before
-        np.subtract(x, target, out=difference)
+        xp.subtract(x, target, out=difference)
         left_product(difference, problem.gram, product)
         previous = values
-        values = 0.5 * np.einsum("nk,nk->n", difference, product).astype(np.float64) + a * level.sum(axis=1, dtype=np.float64)
+        values = 0.5 * b.cast(xp.einsum("nk,nk->n", difference, product), "float64") + a * xp.sum(level, axis=1, dtype=xp.float64)
         if accelerate:
-            momentum = np.where(values > previous, 0, _MOMENTUM).astype(np.float32)
+            momentum = _MOMENTUM * b.cast(~(values > previous), "float32")
         objective = float(values.sum())
         trace.append(objective)
         if tolerance and count % 5 == 0:
@@ -255,19 +264,20 @@ def _step(
     level: Array,
     threshold: float,
 ) -> None:
-    """Do what `magr_onnx.core.compiled.reduction.step` does, in NumPy, for some output channels at a time, which stay in cache."""
-    channels, width = x.shape
-    rows = max(1, _CHUNK // width)
+    """Do what `magr_onnx.core.compiled.reduction.step` does, in whole arrays, for some output channels at a time, which stay in cache."""
+    (channels, width), b = x.shape, backends.of(x)
+    xp = b.xp
+    rows = max(1, b.part(_CHUNK, _ALL) // width)
     for at in range(0, channels, rows):
         s = slice(at, min(at + rows, channels))
         point = product[s]
-        np.multiply(point, inverse, out=point)
-        np.subtract(x[s], point, out=point)
+        xp.multiply(point, inverse, out=point)
+        xp.subtract(x[s], point, out=point)
         v = before[s]
-        np.subtract(point, v, out=v)
+        xp.subtract(point, v, out=v)
         v *= momentum[s, None]
         v += point
         shaped = v.reshape(len(v), *metric.shape)
-        level[s] = levels(shaped, threshold, metric, start=level[s] if level[s].any() else None)
+        level[s] = levels(shaped, threshold, metric, start=level[s] if xp.any(level[s]) else None)
         c = level[s][..., None]
-        np.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))
+        xp.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))

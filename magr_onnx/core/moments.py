@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.core import threads
+from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.error_feedback import target_moments
 from magr_onnx.core.gram import LARGE_ROWS, Gram, RowGram, gram_type
 from magr_onnx.core.types import Activation, Array, LayerStats, TargetMoments
@@ -67,7 +68,7 @@ def pooled(readers: Sequence[tuple[LayerStats, bool]], powers: Sequence[float]) 
             f * part.rows / stats.rows / share * part.objective_gram(centred)
             for f, part, (stats, centred) in zip(factors, parts, readers, strict=True)
         ]
-        return LayerStats(reduce(operator.add, grams), np.zeros(len(parts[0].mean)), rows)
+        return LayerStats(reduce(operator.add, grams), np.zeros(len(parts[0].mean)), rows, backend=parts[0].backend)
 
     folds = zip(*(stats.folds for stats, _ in readers), strict=False)
     return replace(pool([stats for stats, _ in readers]), folds=tuple(pool(parts) for parts in folds))
@@ -86,7 +87,16 @@ class MomentAccumulator:
         float_gram: Sum of ``X^T X`` in the float model; None unless asked for.
     """
 
-    def __init__(self, width: int, groups: int | None = None, *, float_mean: bool = False, paired: bool = False, few: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        groups: int | None = None,
+        *,
+        float_mean: bool = False,
+        paired: bool = False,
+        few: bool = False,
+        backend: Backend = HOST,
+    ) -> None:
         """Start with no rows.
 
         Args:
@@ -95,7 +105,9 @@ class MomentAccumulator:
             float_mean: Whether to sum the rows of the float model too.
             paired: Whether to sum ``cross`` and ``float_gram`` too, which `target_moments` is made of.
             few: Whether few rows are expected (`magr_onnx.core.gram.few`).
+            backend: Where solvers will compute with the statistics.
         """
+        self._backend = backend
         shape = (width,) if groups is None else (groups, width)
         self.gram: Gram = RowGram.diagonal_of(np.zeros(width)) if few else np.zeros((*shape, width))
         self.total: Array = np.zeros(shape)
@@ -139,7 +151,7 @@ class MomentAccumulator:
         """Return `means` as `LayerStats` of a value quantized by ``activation``."""
         gram, mean, rows = self.means()
         float_mean = None if self.float_total is None else self.float_total / self._count
-        return LayerStats(gram.astype(gram_type(len(mean)), copy=False), mean, rows, float_mean, activation)
+        return LayerStats(gram.astype(gram_type(len(mean)), copy=False), mean, rows, float_mean, activation, backend=self._backend)
 
     def target_moments(self, weights: Array) -> TargetMoments:
         """Return the moments of the float model's output of a layer of ``weights (K, N)``."""

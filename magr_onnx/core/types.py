@@ -16,9 +16,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core import backends
+from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.gram import LARGE, LARGE_ROWS, LEAST_WIDTH, NOISE, Gram, RowGram
 from magr_onnx.core.product import Product
-from magr_onnx.errors import NonFiniteError, OptionError
+from magr_onnx.errors import OptionError
 
 Array = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.uint8]
@@ -125,7 +127,8 @@ class QuantizedWeight:
     @staticmethod
     def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """Join weights ``(K, N)`` on grids of one kind to ``(K, G N)``."""
-        codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
+        xp = backends.of(weights[0].codes).xp
+        codes, scales, zeros = (xp.concatenate([getattr(w, part) for w in weights], axis=1) for part in ("codes", "scales", "zero_points"))
         return QuantizedWeight(codes, scales, zeros, weights[0].spec)
 
     def columns(self, chosen: Columns) -> QuantizedWeight:
@@ -135,6 +138,16 @@ class QuantizedWeight:
     def dequantize(self) -> Array:
         """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
         return dequantize(self.codes, self.zero_points, self.scales, self.spec.group_of_row(len(self.codes)))
+
+    def host(self) -> QuantizedWeight:
+        """Return the weight with arrays of NumPy, as everything but a solver expects it."""
+        b = backends.of(self.codes)
+        return QuantizedWeight(b.host(self.codes), b.host(self.scales), b.host(self.zero_points), self.spec)
+
+    def on(self, backend: Backend) -> QuantizedWeight:
+        """Return a weight of NumPy with arrays of a solver's backend."""
+        codes, zeros = backend.array(self.codes), backend.array(self.zero_points)
+        return QuantizedWeight(codes, backend.array(self.scales), zeros, self.spec)
 
 
 def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> Array:
@@ -147,9 +160,9 @@ def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDA
     return result
 
 
-def column_parts(k: int, n: int) -> list[slice]:
-    """Split the output channels of a layer ``(k, n)`` into slices of `COLUMN_BYTES`; most layers need one."""
-    count = max(1, -(-4 * k * n // COLUMN_BYTES))
+def column_parts(k: int, n: int, *, most: int | None = None) -> list[slice]:
+    """Split the output channels of a layer ``(k, n)`` into slices of ``most`` bytes, or `COLUMN_BYTES`; most layers need one."""
+    count = max(1, -(-4 * k * n // (most or COLUMN_BYTES)))
     edges = [n * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
@@ -267,6 +280,7 @@ class LayerStats:
         folds: Statistics of parts of the rows that are held out in turn, for choices that would overfit on all rows.
         common_mean: Squared mean over variance that inputs are assumed to share; of data-free statistics only.
         taps: Consecutive inputs that are one channel at neighbouring positions, and so alike; of data-free statistics only.
+        backend: Where solvers compute with them. The arrays here are of NumPy.
     """
 
     gram: Gram
@@ -277,20 +291,22 @@ class LayerStats:
     folds: tuple[LayerStats, ...] = ()
     common_mean: float = 0.0
     taps: int = 1
+    backend: Backend = HOST
     _memo: _Memo = field(default_factory=_Memo, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without what was computed; the matrix of data-free statistics is made again, since a copy is no view."""
         if self.is_data_free:
             return _data_free, (len(self.mean), self.activation, self.common_mean, self.taps)
-        return LayerStats, (self.gram, self.mean, self.rows, self.float_mean, self.activation, self.folds, self.common_mean, self.taps)
+        facts = (self.gram, self.mean, self.rows, self.float_mean, self.activation, self.folds, self.common_mean, self.taps)
+        return LayerStats, facts
 
     @staticmethod
     def data_free(k: int, common_mean: float = COMMON_MEAN, taps: int = 1) -> LayerStats:
         """Return the statistics assumed without calibration data: uncorrelated inputs of unit power."""
         if 1 < taps == k:  # one channel
             common_mean += NEIGHBOURS
-        return LayerStats(_identity_plus(k, 0.0), np.zeros(k), 0, common_mean=common_mean, taps=taps)
+        return LayerStats(_identity_plus(k, 0.0), np.zeros(k), 0, common_mean=common_mean, taps=taps, backend=HOST)
 
     @property
     def target_mean(self) -> Array:
@@ -315,11 +331,12 @@ class LayerStats:
             raise ValueError(f"statistics under different grids cannot be combined: {self.activation} and {other.activation}")
         a, b = self.rows / n, sign * other.rows / n
         float_mean = None if self.float_mean is None or other.float_mean is None else a * self.float_mean + b * other.float_mean
-        return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, float_mean, self.activation)
+        gram, mean = a * self.gram + b * other.gram, a * self.mean + b * other.mean
+        return LayerStats(gram, mean, n, float_mean, self.activation, backend=self.backend)
 
     def without(self, fold: int) -> LayerStats:
         """Return the statistics of the rows outside a fold; computed once."""
-        return self.memo(("without", fold), lambda: self.combine(self.folds[fold], -1))
+        return self.memo(("without", fold, self.backend.name), lambda: self.combine(self.folds[fold], -1))
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """Compute ``make()`` once, in one thread: layers that share these statistics share factorizations."""
@@ -424,24 +441,3 @@ class TargetMoments:
         a, b = self.rows / n, sign * other.rows / n
         cross: Any = a * self.cross + b * other.cross  # type: ignore[operator]  # both are of one kind
         return TargetMoments(cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
-
-
-LARGEST = 1e15
-"""Largest absolute weight: sums of squares of larger ones overflow float32."""
-
-
-def check_finite(name: str, array: npt.NDArray[Any]) -> None:
-    """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity."""
-    if not np.isfinite(array).all():
-        indices = np.argwhere(~np.isfinite(array))
-        raise NonFiniteError(
-            f"{name}: {len(indices)} of {array.size} values are NaN or infinite (first at index {tuple(map(int, indices[0]))}); "
-            "repair the export or exclude the layer"
-        )
-
-
-def check_weight(name: str, weight: Array) -> None:
-    """Raise `NonFiniteError` where a weight or its square is not finite."""
-    check_finite(name, weight)
-    if (largest := max(float(weight.max(initial=0)), -float(weight.min(initial=0)))) > LARGEST:
-        raise NonFiniteError(f"{name}: values up to {largest:.3g}, and {LARGEST:g} is the most that can be squared; exclude the layer")

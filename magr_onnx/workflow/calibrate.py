@@ -26,7 +26,7 @@ from magr_onnx.workflow.context import RunContext
 
 def calibration_of(data: Batches | None, context: RunContext) -> CalibrationContext | None:
     """What calibration is done with: data, and mask and provider of the run; None without data."""
-    return None if data is None else CalibrationContext(data, context.mask, context.provider)
+    return None if data is None else CalibrationContext(data, context.mask, context.provider, backend=context.backend)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import onnx_ir as ir
 
 from magr_onnx.config.arguments import OnLayer, Progress
+from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.model_io.atomic import remove_stale, staging_directory
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, output_errors, oversized
@@ -88,6 +89,7 @@ class RunContext:
         spool: Where finished constants of a large model go.
         store: The job directory, if there is one.
         workers: Where layers are solved; None for this process.
+        backend: Where layers are solved.
         stopwatch: Wall time by stage.
         known: What was measured of the float model, while a search makes several models of it; None where only one is made.
         fits_weights: Whether data are for weights, too; if not, for ranges of activations alone, of a model that has been rewritten.
@@ -102,6 +104,7 @@ class RunContext:
     spool: Spool | None = None
     store: JobDirectory | None = None
     workers: Cluster | None = None
+    backend: Backend = HOST
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     known: dict[Hashable, Any] | None = None
     fits_weights: bool = True

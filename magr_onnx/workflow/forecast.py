@@ -20,6 +20,7 @@ import numpy as np
 from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit, in_order
 from magr_onnx.config.invocation import Invocation, python_call
 from magr_onnx.core import threads
+from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import Array, few
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.moments import MomentAccumulator, split_stats
@@ -196,6 +197,8 @@ def _left_out(prepared: Prepared, request: OptimizeRequest) -> Iterator[str]:
         yield f"{request.budget.text}: sensitivities are measured first, and the result may be made more than once"
     if request.workers is not None:
         yield f"workers {request.workers}: it is the time of this process alone"
+    if request.device is not HOST:
+        yield f"device {request.device.name}: it is the time of this machine's CPU"
     if request.validation is not None:
         yield "the comparison on validation data comes on top"
     if others := len(prepared.others):

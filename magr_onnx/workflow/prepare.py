@@ -114,6 +114,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     stopwatch = Stopwatch()
     progress = stack.enter_context(reporter(request.progress))
     stack.enter_context(session.custom_ops(request.custom_ops))
+    stack.enter_context(request.device.exact())
     workers = None if request.workers is None else stack.enter_context(cluster(request.workers))
     loaded = _load(request)
     mask, opset = resolve_mask(loaded.model, request.mask), loaded.model.opset_imports.get("")
@@ -151,6 +152,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         spool=spool,
         store=store,
         workers=workers,
+        backend=request.device,
         stopwatch=stopwatch,
     )
     data, kept_back = (data, None) if data is None or memory.large else keep_back(data)

@@ -14,6 +14,8 @@ from magr_onnx.config.invocation import Invocation, plain, without_defaults
 from magr_onnx.config.options import Options
 from magr_onnx.config.plans import plan_of
 from magr_onnx.config.selection import Patterns
+from magr_onnx.core import backends
+from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.errors import OptionError, ProviderError, RecipeError, joined, raise_all
 from magr_onnx.passes import Plan
 from magr_onnx.passes.layers.selection import Selection
@@ -71,6 +73,7 @@ class OptimizeRequest:
     external_data: bool
     resume: Path | None
     workers: int | str | None
+    device: Backend
     progress: Progress | bool | None
     on_layer: OnLayer | None
     preset: str | None
@@ -108,9 +111,12 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
         invocation = replace(invocation, options=plain(without_defaults(in_order(merged), DEFAULTS)))
     paths = {name: None if values[name] is None else Path(values[name]) for name in ("output", "resume")}
     workers = None if values["workers"] is None else address_of(values["workers"])
+    device = backends.find(values["device"])
+    if device is not HOST and workers is not None:
+        raise OptionError(f"device {device.name} and workers: workers solve layers on CPUs; give one of the two")
     unchanged = {field.name: values[field.name] for field in fields(OptimizeRequest) if field.name in values}
     return OptimizeRequest(
-        **{**unchanged, **sizes, **paths, "metric": _metric(values), "workers": workers},
+        **{**unchanged, **sizes, **paths, "metric": _metric(values), "workers": workers, "device": device},
         invocation=invocation,
         validation=values["validation_data"],
         reading=reading_of(values),
@@ -192,6 +198,6 @@ def _check_data_free(plan: Plan, budget: Goal | None) -> None:
 def _result_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments beside the options that a result depends on, in words."""
     names = ["include", "exclude", "requantize", "keep_overridable", "mask", "batch_size", "decode_steps", "provider"]
-    names += ["samples", "sequence_length", "seed"]
+    names += ["samples", "sequence_length", "seed", "device"]
     texts = {"custom_ops": list(map(str, values["custom_ops"])), "layers": "; ".join(map(str, values["layers"])) or "none"}
     return {**{name: values[name] for name in names}, **texts}

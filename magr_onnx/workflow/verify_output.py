@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from magr_onnx.core.checks import check_finite, check_weight
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target
-from magr_onnx.core.types import check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.model_io import legacy
 from magr_onnx.model_io.writing import data_files

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from magr_onnx.core.checks import check_weight
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
-from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec, check_weight
+from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec
 from magr_onnx.passes.base import ModelPass, negative_or_infinite
 from magr_onnx.passes.emit.channel_codes import opset_of
 from magr_onnx.passes.emit.conv import emit

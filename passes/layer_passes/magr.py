@@ -53,12 +53,13 @@ class MagR(LayerPass):
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if self.alpha == 0:
             return solution
-        stats, weight = problem.stats, solution.weight
+        stats, weight, backend = problem.stats, solution.weight, problem.stats.backend
         if stats.is_data_free:
             return replace(solution, record=solution.record.noting("MagR skipped: no calibration data"))
         damping = automatic_damping(len(weight), stats.rows) if self.damping is None else self.damping
         gram = damped_gram(stats, problem.centred(self.bias), damping)
-        reduction = magr.reduce(weight, gram, alpha=self.alpha, relative=self.relative, group_size=self.block_size, method=self.method)
+        options: dict[str, Any] = {"relative": self.relative, "group_size": self.block_size, "method": self.method}
+        reduction = magr.reduce(backend.array(weight), gram, alpha=self.alpha, **options).host()
         record = replace(solution.record, magr=figures(weight, reduction), weights=sketch(weight, reduction.weights, None))
         return replace(solution, weight=reduction.weights, changed=True, record=record)
 

@@ -10,9 +10,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.checks import check_weight
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups, output_variance, ratio
-from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.channel_codes import opset_of
 from magr_onnx.passes.emit.recurrent import emit

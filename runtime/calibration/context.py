@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.types import Activation
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
@@ -45,6 +46,7 @@ class CalibrationContext:
         hold_out: Which batches are held out.
         grids: Quantization of layer inputs; moments are of the quantized values.
         followers: Whether a value follows the mask, by name, as far as `magr_onnx.runtime.calibration.mask.masked_values` has found out.
+        backend: Where layers are solved.
     """
 
     data: Batches
@@ -53,3 +55,4 @@ class CalibrationContext:
     hold_out: HoldOut = NONE
     grids: Grids = field(default_factory=dict)
     followers: dict[str, bool] = field(default_factory=dict)
+    backend: Backend = HOST

@@ -92,7 +92,8 @@ def collect(
     widths = {name: group[0].k for name, group in readers.items()}
     of_few = few_rows(model, widths, context)
     taps = [replace(tap, few=tap.value in of_few) for tap in make_taps(model, widths, context)]
-    parts = [Parts(hold_out, t.width, partial(MomentAccumulator, t.width, float_mean=t.quantize is not None, few=t.few)) for t in taps]
+    sums = partial(MomentAccumulator, backend=context.backend)
+    parts = [Parts(hold_out, t.width, partial(sums, t.width, float_mean=t.quantize is not None, few=t.few)) for t in taps]
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):

@@ -249,7 +249,7 @@ def _measure(
     weights = {layer.name: layer.read() for layer in aimed if layer.name in residuals or by_output}
     outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
     paired = len(outputs) < len(aimed)
-    inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few))
+    inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few, backend=context.backend))
     follows = masked = values.follows_mask(name)
 
     def add(key: tuple[int, float], rows: list[Tensor]) -> None:

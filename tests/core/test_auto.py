@@ -16,6 +16,8 @@ from magr_onnx.core.quantizers.auto import Choice, usual_alpha
 from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec
 from tests.helpers import Array, activations, gram_of, target_error
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 SPECS = [WeightSpec(2, 32), WeightSpec(3, None), WeightSpec(4, 32), WeightSpec(4, 20, symmetric=True), WeightSpec(8, 32)]
 some_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
 
@@ -147,7 +149,7 @@ def test_a_budget_is_respected() -> None:
     problem, _ = problem_of(WeightSpec(4, None, symmetric=True))
     free = auto.run(problem, Options()).weight
     budget = Budget(Accumulator(14, 32), 0, 255)
-    found = auto.run(replace(problem, budget=budget), Options()).weight
+    found = auto.run(replace(problem.on_host, budget=budget), Options()).weight
 
     def fits(codes: Array) -> bool:
         raw = codes.astype(int) - 8
@@ -230,7 +232,7 @@ def test_targets_are_what_choices_are_judged_by(folds: int) -> None:
 
 
 def test_output_moments_lower_the_energy_they_stand_for() -> None:
-    problem, _ = problem_of(WeightSpec(3, 32))
+    problem = problem_of(WeightSpec(3, 32))[0].on_host
     g = np.random.default_rng(1).standard_normal((100, 4)) @ np.random.default_rng(2).standard_normal((4, 32))
     outputs = g.T @ g / 100
     alone, found = (auto.run(p, Options()) for p in (problem, replace(problem, output_hessian=outputs)))

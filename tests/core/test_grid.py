@@ -14,6 +14,8 @@ from magr_onnx.core.grid import Grid, choose, minmax, search
 from magr_onnx.core.types import BITS, WeightSpec
 from tests.helpers import EXAMPLES, Array, layer
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 SPECS = [WeightSpec(b, g, s) for b in (2, 3, 4, 5, 8) for s in (False, True) for g in (None, 7, 32)]
 specs = pytest.mark.parametrize("spec", SPECS, ids=str)
 K, N = 45, 6

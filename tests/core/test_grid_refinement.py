@@ -14,6 +14,8 @@ from magr_onnx.core.quantizers.grid_refinement import SHRINKS, regrid
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from tests.helpers import Array, gptq_quantized, layer
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 K, N = 96, 24
 SPECS = [
     WeightSpec(2, 32),

@@ -11,6 +11,8 @@ from magr_onnx.core.linalg import automatic_damping, cholesky, column_errors, da
 from magr_onnx.errors import NonFiniteError
 from tests.helpers import Array, activations, gram_of
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def with_spectrum(eigenvalues: Array, seed: int = 0) -> Array:
     k = len(eigenvalues)

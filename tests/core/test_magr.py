@@ -13,6 +13,8 @@ from magr_onnx.core.magr import Reduction, penalty, reduce
 from magr_onnx.errors import OptionError
 from tests.helpers import Array, activations, gram_of, layer, project_by_sorting
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def slices(k: int, group: int | None) -> list[slice]:
     size = group or k

@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 from magr_onnx.core.prox import levels, project_l1_ball, prox_linf
 from tests.helpers import EXAMPLES, Array, project_by_sorting
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 entries = st.floats(-100, 100, width=32)
 vectors = hnp.arrays(np.float64, st.integers(1, 40), elements=entries)
 radii = st.floats(0.01, 500)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magr_onnx.core.types import BITS, LayerStats, QuantizedWeight, WeightSpec, check_finite
+from magr_onnx.core.checks import check_finite
+from magr_onnx.core.types import BITS, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from tests.helpers import Array, activations, gram_of, random_quantized
 

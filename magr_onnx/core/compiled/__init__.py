@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from magr_onnx.core import threads
+from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.types import column_parts
 
 T = TypeVar("T")
@@ -43,19 +44,19 @@ def processor() -> tuple[str, ...]:
     return (str(get_host_cpu_name()),)
 
 
-def serves(k: int, n: int) -> bool:
+def serves(k: int, n: int, *, backend: Backend = HOST) -> bool:
     """Return whether the loops of a layer ``(k, n)`` are compiled ones. It depends on its shape, not on the machine's cores."""
-    return k * n >= LEAST_WEIGHTS and n >= LEAST_CHANNELS and available()
+    return backend.compiles and k * n >= LEAST_WEIGHTS and n >= LEAST_CHANNELS and available()
 
 
-def by_columns(function: Callable[[slice], T], k: int, n: int) -> list[T]:
+def by_columns(function: Callable[[slice], T], k: int, n: int, *, backend: Backend = HOST) -> list[T]:
     """Return ``function`` of slices of the output channels of a layer ``(k, n)``, which are independent; it changes nothing but its result.
 
     Compiled, they are solved in threads, or by whoever helps this one (`magr_onnx.core.threads.helped`);
     else large ones one after the other, since temporaries may be many times the layer.
     """
-    if not serves(k, n):
-        return [function(part) for part in column_parts(k, n)]
+    if not serves(k, n, backend=backend):
+        return [function(part) for part in column_parts(k, n, most=backend.column_bytes)]
     count = max(1, min(n // CHANNELS, k * n // LEAST_WEIGHTS))  # so that compiled loops serve every slice
     edges = [n * i // count for i in range(count + 1)]
     return threads.shared(function, [slice(a, b) for a, b in pairwise(edges)])

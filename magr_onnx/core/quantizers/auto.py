@@ -119,13 +119,14 @@ def _trials(problem: Problem, choices: Sequence[Choice], options: Options) -> li
 
 def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = False) -> Solved:
     """Solve the layer; return its weight, error by sweep, and MagR's result. ``quick`` skips what hardly depends on the options."""
-    gram = problem.damped_gram(choice.damping).astype(np.float32, order="C", copy=False)
+    b = problem.stats.backend
+    gram = b.single(problem.damped_gram(choice.damping))
     feedback = gptq.prepared(problem, choice.damping, choice.act_order)
     reduced, reduction = _reduced(problem, choice)
     power, whole, spec = problem.gram.diagonal(), problem.target, problem.spec
 
     def solve(c: slice) -> Refined:  # may travel: it is to hold no more than it needs
-        target, weights = np.ascontiguousarray(whole[:, c]), reduced[:, c]
+        target, weights = b.array(np.ascontiguousarray(whole[:, c])), b.array(reduced[:, c])
         start = gptq.solve(weights, feedback, choose(weights, spec, power, options.beta))
         refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
         if quick or not options.rescale or options.sweeps <= SWEEPS:
@@ -137,8 +138,8 @@ def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = Fal
         again = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale, error=error)
         return Refined(again.weight, refined.errors + again.errors[1:])
 
-    weight, errors = joined(compiled.by_columns(solve, *problem.target.shape))
-    return weight, errors, reduction
+    weight, errors = joined(compiled.by_columns(solve, *problem.target.shape, backend=b))
+    return weight.host(), errors, reduction
 
 
 def _coupled(problem: Problem, choice: Choice, options: Options) -> Solved:
@@ -157,8 +158,9 @@ def _reduced(problem: Problem, choice: Choice) -> tuple[Array, Reduction | None]
     if choice.alpha == 0:
         return problem.weights, None
     gram = problem.damped_gram(choice.damping)
-    reduction = magr.reduce(problem.weights, gram, alpha=choice.alpha, group_size=problem.spec.group_size)
+    weights = problem.stats.backend.array(problem.weights)
+    reduction = magr.reduce(weights, gram, alpha=choice.alpha, group_size=problem.spec.group_size).host()
     return reduction.weights, reduction
 
 
-QUANTIZER = Quantizer("auto", "MagR and comq, options chosen per layer", run, "supported", chooses=True, batched="gram")
+QUANTIZER = Quantizer("auto", "MagR and comq, options chosen per layer", run, "supported", chooses=True, batched="gram", on_device=True)

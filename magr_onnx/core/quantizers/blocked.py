@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core import threads
+from magr_onnx.core import backends
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.types import Array, WeightSpec
 
@@ -77,7 +77,8 @@ def visit(arranged: Sequence[Panel], gram: Gram, difference: Array, step: Step) 
         step: What is done.
     """
     most = max(sum(len(piece.rows) for piece in panel) for panel in arranged)
-    residuals, heard = np.empty((2, most, difference.shape[1]), np.float32)
+    b = backends.of(difference)
+    residuals, heard = b.empty((2, most, difference.shape[1]))
     enter = _by_rows(gram, difference) if isinstance(gram, RowGram) else _by_matrix(gram, difference)
     for panel in arranged:
         rows = np.concatenate([piece.rows for piece in panel])
@@ -87,17 +88,20 @@ def visit(arranged: Sequence[Panel], gram: Gram, difference: Array, step: Step) 
         for piece in panel:
             end = at + len(piece.rows)
             change = step(piece, local[at:end, at:end], residual[at:end])
-            difference[piece.rows] -= change
+            difference[b.index(piece.rows)] -= change
             if end < len(rows):
-                residual[end:] -= np.matmul(local[end:, at:end], change, out=heard[end : len(rows)])
+                residual[end:] -= b.xp.matmul(local[end:, at:end], change, out=heard[end : len(rows)])
             at = end
 
 
 def _by_matrix(gram: Array, difference: Array) -> Enter:
+    b = backends.of(difference)
+
     def enter(rows: Rows, residual: Array) -> Array:
-        h = gram[rows]
-        threads.product(h, difference, out=residual)
-        return h[:, rows]
+        index = b.index(rows)
+        h = gram[index]
+        b.product(h, difference, out=residual)
+        return h[:, index]
 
     return enter
 

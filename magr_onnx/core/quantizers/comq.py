@@ -20,7 +20,7 @@ from typing import Self
 
 import numpy as np
 
-from magr_onnx.core import compiled
+from magr_onnx.core import backends, compiled
 from magr_onnx.core.gram import Block, Gram
 from magr_onnx.core.grid import stored
 from magr_onnx.core.linalg import inner
@@ -32,7 +32,7 @@ from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Sol
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 BLOCK = 32  # rows that move one by one before the others of their group hear of it
-TINY = np.finfo(np.float32).tiny
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def refine(
@@ -62,11 +62,12 @@ def refine(
             still never rises. A refitted scale changes no code.
         error: E of ``start``, where it is known; only the trace and when to stop depend on it.
     """
-    h = gram.astype(np.float32, order="C", copy=False)
-    by_row = budget is not None or not compiled.serves(*target.shape)
+    b = backends.of(target)
+    h = b.single(gram)
+    by_row = budget is not None or not compiled.serves(*target.shape, backend=b)
 
     def refine_columns(c: slice) -> Refined:
-        part = np.ascontiguousarray(target[:, c])
+        part = b.contiguous(target[:, c])
         whole = part.shape == target.shape
         weight = start if whole else start.columns(c)
         sums = None if budget is None else RunningSums(budget, len(part), part.shape[1], weight.raw())
@@ -80,7 +81,7 @@ def refine(
         state.sweep(h, rescale)
         return state
 
-    return joined(compiled.by_columns(refine_columns, *target.shape))
+    return joined(compiled.by_columns(refine_columns, *target.shape, backend=b))
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +96,7 @@ class Descent:
         difference: ``W0 - W_hat (K, N)`` float32.
         arranged: All rows, in the order of visits.
         sums: What still fits an accumulator; None for no constraint.
-        by_row: Whether rows are moved in NumPy; else in compiled loops.
+        by_row: Whether rows are moved one by one; else in compiled loops.
         error: E, less what it was at the start unless the caller has set it.
     """
 
@@ -114,32 +115,34 @@ class Descent:
         cls, target: Array, weight: QuantizedWeight, gram: Gram, sums: RunningSums | None = None, most: int = PANEL, by_row: bool = True
     ) -> Self:
         """Begin with ``weight``, towards ``target (K, N)`` under ``gram (K, K)``; at ``most`` so many rows are visited together."""
-        zeros, rows = weight.zero_points.astype(np.float32), weight.spec.group_of_row(len(target))
-        codes = weight.codes.astype(np.float32)
+        b, spec = backends.of(target), weight.spec
+        zeros, rows = b.cast(weight.zero_points, "float32"), b.index(spec.group_of_row(len(target)))
+        codes = b.cast(weight.codes, "float32")
         codes -= zeros[rows]
-        difference = np.subtract(target, weight.scales[rows] * codes, dtype=np.float32)
-        importance = np.sqrt(np.maximum(gram.diagonal(), 0)) * np.linalg.norm(target, axis=1)
-        return cls(weight.spec, codes, weight.scales.copy(), zeros, difference, panels(importance, weight.spec, most), sums, by_row)
+        difference = b.cast(target, "float32") - weight.scales[rows] * codes
+        importance = b.xp.sqrt(b.xp.maximum(gram.diagonal(), 0)) * b.xp.linalg.norm(target, axis=1)
+        return cls(spec, codes, b.copy(weight.scales), zeros, difference, panels(b.host(importance), spec, most), sums, by_row)
 
     def weight(self) -> QuantizedWeight:
         """Return the weight as it is now."""
-        codes = self.codes + self.zeros[self.spec.group_of_row(len(self.codes))]
-        return QuantizedWeight(codes.astype(np.uint8), self.scales.copy(), self.zeros.astype(np.uint8), self.spec)
+        b = backends.of(self.codes)
+        codes = self.codes + self.zeros[b.index(self.spec.group_of_row(len(self.codes)))]
+        return QuantizedWeight(b.cast(codes, "uint8"), b.copy(self.scales), b.cast(self.zeros, "uint8"), self.spec)
 
     def sweep(self, gram: Gram, rescale: bool) -> None:
         """Move every row once, to the least E; with ``rescale``, every scale too. ``gram (K, K)`` is float32."""
-        k = len(self.codes)
+        k, b = len(self.codes), backends.of(self.codes)
         size = self.spec.rows(k)
         together = rescale and size <= PANEL
 
         def step(piece: Piece, local: Array, residual: Array) -> Array:
-            before = residual.copy()
+            before = b.copy(residual)
             change = self._move(piece, local, residual)
-            np.subtract(before, local @ change, out=residual)
+            b.xp.subtract(before, local @ change, out=residual)
             before += residual
             self.error -= inner(change, before)
             if together:
-                change += self._refit(piece.group, self.codes[piece.rows], local, residual)
+                change += self._refit(piece.group, self.codes[b.index(piece.rows)], local, residual)
             return change
 
         visit(self.arranged, gram, self.difference, step if self.by_row else partial(self._step, together))
@@ -167,24 +170,26 @@ class Descent:
 
     def _move(self, piece: Piece, local: Array, residual: Array) -> Array:
         """Move the rows of a piece; return the change of their weights. What is left of ``residual`` has no meaning."""
-        old = self.codes[piece.rows]
-        change = np.empty_like(old)
+        b = backends.of(residual)
+        rows = b.index(piece.rows)
+        old = self.codes[rows]
+        change: Array = b.xp.empty_like(old)
         scale, zero = self.scales[piece.group], self.zeros[piece.group]
-        low, high = -zero, np.float32(self.spec.top) - zero
+        low, high = -zero, self.spec.top - zero
         for start in range(0, len(old), BLOCK):
             s = slice(start, min(start + BLOCK, len(old)))
             h = local[s, s]
             diagonal = h.diagonal()[:, None]
-            wanted = residual[s] / np.maximum(diagonal * scale, TINY)  # the product of a faint input and a small scale may be 0
-            feedback = h / np.maximum(diagonal, TINY)
-            dead = np.flatnonzero(diagonal <= 0)
+            wanted = residual[s] / b.xp.maximum(diagonal * scale, TINY)  # the product of a faint input and a small scale may be 0
+            feedback = h / b.xp.maximum(diagonal, TINY)
+            dead = diagonal[:, 0] <= 0
             wanted[dead], feedback[dead] = 0, 0
             wanted += old[s]
             if self.sums is None:
                 _settle(wanted, old[s], feedback, low, high, change[s])
             else:
                 self._settle_within(self.sums, piece.rows[s], wanted, old[s], feedback, change[s])
-            self.codes[piece.rows[s]] = wanted
+            self.codes[rows[s]] = wanted
             change[s] *= scale
             if s.stop < len(old):
                 residual[s.stop :] -= local[s.stop :, s] @ change[s]
@@ -205,19 +210,22 @@ class Descent:
 
     def _refit(self, group: int, codes: Array, local: Array | Block, residual: Array) -> Array:
         """Refit the scale of a group to the least E for its ``codes (g, N)`` and ``residual (g, N)``; return the change of its weights."""
-        step = self._rescale(group, np.einsum("kn,kn->n", codes, residual), np.einsum("kn,kn->n", codes, local @ codes))
+        einsum = backends.of(codes).xp.einsum
+        step = self._rescale(group, einsum("kn,kn->n", codes, residual), einsum("kn,kn->n", codes, local @ codes))
         change: Array = codes * step
         return change
 
     def _rescale(self, group: int, slope: Array, curvature: Array) -> Array:
         """Refit the scale of a group to the least E, of this slope and curvature ``(N,)``; return its change ``(N,)``."""
-        scale, some = self.scales[group].copy(), curvature > 0
-        proposal = scale + slope / np.where(some, curvature, 1)
-        proposal = stored(np.where(some & (proposal > 0), proposal, scale), self.spec)
+        b = backends.of(slope)
+        xp = b.xp
+        scale, some = b.copy(self.scales[group]), curvature > 0
+        proposal = scale + slope / xp.where(some, curvature, 1)
+        proposal = stored(xp.where(some & (proposal > 0), proposal, scale), self.spec)
         step = proposal - scale
         gain = step * (2 * slope - step * curvature)
-        self.scales[group] = np.where(gain > 0, proposal, scale)
-        self.error -= float(np.maximum(gain, 0).sum(dtype=np.float64))
+        self.scales[group] = xp.where(gain > 0, proposal, scale)
+        self.error -= float(xp.sum(xp.maximum(gain, 0), dtype=xp.float64))
         change: Array = self.scales[group] - scale
         return change
 
@@ -227,15 +235,17 @@ def _settle(wanted: Array, old: Array, feedback: Array, low: Array, high: Array,
 
     Each hears of the ``change`` of those before it: row ``i`` of ``feedback (b, b)`` weighs them.
     """
-    heard = np.empty_like(low)
+    b = backends.of(wanted)
+    xp, rint, add_up = b.xp, b.rint, b.add_up
+    heard = xp.empty_like(low)
     for i, (new, before, moved) in enumerate(zip(wanted, old, change, strict=True)):
         if i:
-            np.matmul(feedback[i, :i], change[:i], out=heard)
-            np.subtract(new, heard, out=new)
-        np.rint(new, out=new)
-        np.maximum(new, low, out=new)  # np.clip costs several times as much on a short row
-        np.minimum(new, high, out=new)
-        np.subtract(new, before, out=moved)
+            add_up(feedback[i, :i], change[:i], heard)
+            xp.subtract(new, heard, out=new)
+        rint(new, out=new)
+        xp.maximum(new, low, out=new)  # np.clip costs several times as much on a short row
+        xp.minimum(new, high, out=new)
+        xp.subtract(new, before, out=moved)
 
 
 def run(problem: Problem, options: Options) -> Solution:
@@ -245,10 +255,11 @@ def run(problem: Problem, options: Options) -> Solution:
         stats = problem.stats
         refined = diagonal.refine(problem.target, start.weight, options.sweeps, options.rescale, stats.common_mean, stats.taps)
     else:
-        gram = problem.damped_gram(problem.damping(options))
-        refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
+        b, gram = problem.stats.backend, problem.damped_gram(problem.damping(options))
+        target, begin = b.array(problem.target), start.weight.on(b)
+        refined = refine(target, begin, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
     figures = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.figures
-    return Solution(refined.weight, start.notes, figures, refined.errors)
+    return Solution(refined.weight.host(), start.notes, figures, refined.errors)
 
 
-QUANTIZER = Quantizer("comq", "GPTQ, refined by coordinate descent", run, "supported", batched="gram")
+QUANTIZER = Quantizer("comq", "GPTQ, refined by coordinate descent", run, "supported", batched="gram", on_device=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from magr_onnx.core import error_feedback
+from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import NOISE
 from magr_onnx.core.layer import output_variance
 from magr_onnx.core.linalg import layer_error
@@ -109,8 +110,25 @@ def without_data(problem: Problem) -> Problem:
     )
 
 
+def _unfit_for_device(quantizer: Quantizer, problem: Problem) -> str | None:
+    """Return why a layer cannot be solved on a device; None if it can."""
+    if not quantizer.on_device:
+        return f"quantizer {quantizer.name} has no form for a device"
+    if problem.budget is not None:
+        return "sums within an accumulator have no form for a device"
+    if problem.output_hessian is not None and quantizer.chooses:
+        return "outputs weighed by gradients have no form for a device"
+    return None
+
+
 def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
-    """Run a quantizer; without data, or by rounding to nearest, where that is better on rows held out."""
+    """Run a quantizer; without data, or by rounding to nearest, where that is better on rows held out.
+
+    What has no form for the device that the layer was to be solved on is solved on the CPU, and a note says why.
+    """
+    if problem.stats.backend is not HOST and (reason := _unfit_for_device(quantizer, problem)):
+        solution = run(quantizer, problem.on_host, options)
+        return replace(solution, notes=(*solution.notes, f"solved on the CPU, not on {problem.stats.backend.name}: {reason}"))
     solution = quantizer.run(problem, options)
     if problem.stats.is_data_free or not (parts := folds(problem)):
         return solution

@@ -25,7 +25,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core import compiled, threads
+from magr_onnx.core import backends, compiled
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.grid import Grid, choose, stored
 from magr_onnx.core.linalg import cholesky, column_errors, damped
@@ -62,7 +62,8 @@ class Feedback:
 
     def past(self, difference: Array) -> Callable[[int, int], Array]:
         """Return a function from each panel, in turn, to the weighted errors ``(p, N)`` of all rows of ``difference (K, N)`` before it."""
-        return lambda start, end: threads.product(self.matrix[start:end, :start], difference[:start])
+        product = backends.of(difference).product
+        return lambda start, end: product(self.matrix[start:end, :start], difference[:start])
 
     def notes(self, requested: float) -> tuple[str, ...]:
         """Return a note where another damping than the ``requested`` one is in use."""
@@ -81,28 +82,32 @@ def prepare(gram: Gram, damping: float = 0.1, act_order: bool = True) -> Feedbac
     Raises:
         NonFiniteError: The Gram matrix cannot be factored at any damping.
     """
-    k = len(gram)
-    order = np.argsort(-gram.diagonal(), kind="stable") if act_order else np.arange(k)
+    k, b = len(gram), backends.of(gram)
+    order = np.argsort(-b.host(gram.diagonal()), kind="stable") if act_order else np.arange(k)
     if isinstance(gram, RowGram):
         return row_feedback.prepare(damped(gram, damping), order)
     reverse = order[::-1]
     factor = cholesky(gram, damping, order=reverse, single=True)
     del gram  # the only reference to a large one, freed before the matrix below is allocated
     lower = factor.lower
-    lower /= lower.diagonal().copy()
-    lower[np.diag_indices(k)] = 0
-    matrix, upper = np.zeros((k, k), np.float32), lower[::-1, ::-1]
-    for at in range(0, k, _TILE):  # transposed tile by tile, which stay in cache
-        for before in range(0, at + 1, _TILE):
-            matrix[at : at + _TILE, before : before + _TILE] = upper[before : before + _TILE, at : at + _TILE].T
+    lower /= b.copy(lower.diagonal())
+    b.diagonal(lower)[:] = 0
+    matrix, upper = b.zeros((k, k)), b.xp.flip(lower, axis=(0, 1))
+    tile = b.part(_TILE, k)
+    for at in range(0, k, tile):  # transposed tile by tile, which stay in cache
+        for before in range(0, at + 1, tile):
+            matrix[at : at + tile, before : before + tile] = upper[before : before + tile, at : at + tile].T
     return Feedback(matrix, order, factor.damping)
 
 
 def prepared(problem: Problem, damping: float, act_order: bool) -> Feedback | RowFeedback:
     """Run `prepare` on the matrix of the layer error; once for all layers that share the statistics, unless they are large."""
-    if problem.stats.is_large:
-        return prepare(problem.gram, damping, act_order)
-    return problem.stats.memo(("gptq", problem.centred, damping, act_order), lambda: prepare(problem.gram, damping, act_order))
+    stats = problem.stats
+
+    def make() -> Feedback | RowFeedback:
+        return prepare(backends.gram_on(problem.gram, stats.backend), damping, act_order)
+
+    return make() if stats.is_large else stats.memo(("gptq", problem.centred, damping, act_order, stats.backend.name), make)
 
 
 def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
@@ -111,15 +116,15 @@ def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: 
     With a ``budget`` every code is clipped to what still fits its tile's register (AXE, arXiv 2409.17092); the clipped error is
     fed forward like any rounding error.
     """
-    k, n = weights.shape
-    by_row = budget is not None or not compiled.serves(k, n)
-    solved = compiled.by_columns(lambda c: _solve(weights[:, c], feedback, grid.columns(c), budget, by_row), k, n)
+    (k, n), b = weights.shape, backends.of(weights)
+    by_row = budget is not None or not compiled.serves(k, n, backend=b)
+    solved = compiled.by_columns(lambda c: _solve(weights[:, c], feedback, grid.columns(c), budget, by_row), k, n, backend=b)
     return solved[0] if len(solved) == 1 else QuantizedWeight.side_by_side(solved)
 
 
 def _solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: Budget | None, by_row: bool) -> QuantizedWeight:
     """Solve the given output channels, ``by_row`` or compiled."""
-    k, n = weights.shape
+    (k, n), b = weights.shape, backends.of(weights)
     sums = None if budget is None else RunningSums(budget, k, n)
     round_panel: Callable[..., None] = _round_panel
     if not by_row:
@@ -128,20 +133,20 @@ def _solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget:
         round_panel = rounding.round_panel
     order, spec = feedback.order, grid.spec
     groups = spec.group_of_row(k)[order]
-    scales, zeros = np.ascontiguousarray(grid.scales), np.ascontiguousarray(grid.zeros)
-    difference = np.empty((k, n), np.float32)
-    codes = np.empty((k, n), np.uint8)
+    scales, zeros = b.contiguous(grid.scales), b.contiguous(grid.zeros)
+    difference, codes = b.empty((k, n)), b.empty((k, n), "uint8")
     past = feedback.past(difference)
     for start in range(0, k, PANEL):
         p = slice(start, min(start + PANEL, k))
-        w = np.ascontiguousarray(weights[order[p]], np.float32)
+        rows = b.index(order[p])
+        w = b.contiguous(weights[rows], "float32")
         corrected = w - past(p.start, p.stop)
-        local = np.ascontiguousarray(feedback.local(p.start, p.stop))
+        local = b.contiguous(feedback.local(p.start, p.stop))
         clip = () if sums is None else (partial(_clip, sums, order[p], groups[p], spec.middle - zeros),)
         round_panel(w, corrected, local, groups[p], scales, zeros, spec.top, difference[p], *clip)
-        corrected += zeros[groups[p]]
-        codes[order[p]] = corrected
-    return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), spec)
+        corrected += zeros[b.index(groups[p])]
+        codes[rows] = b.cast(corrected, "uint8")
+    return QuantizedWeight(codes, grid.scales, b.cast(grid.zeros, "uint8"), spec)
 
 
 def _round_panel(
@@ -156,22 +161,24 @@ def _round_panel(
     clip: Callable[[int, Array], None] | None = None,
 ) -> None:
     """Do what `magr_onnx.core.compiled.rounding.round_panel` does, row by row; ``clip`` changes the codes of a row."""
-    heard = np.empty(corrected.shape[1], np.float32)
-    low, high = -zeros, np.float32(top) - zeros
+    backend = backends.of(corrected)
+    xp, rint, add_up = backend.xp, backend.rint, backend.add_up
+    heard = backend.empty(corrected.shape[1:])
+    low, high = -zeros, top - zeros
     for a in range(0, len(corrected), BLOCK):
         b = min(a + BLOCK, len(corrected))
         for i in range(a, b):
             g, q, d = groups[i], corrected[i], difference[i]
             if i > a:
-                np.matmul(feedback[i, a:i], difference[a:i], out=heard)
+                add_up(feedback[i, a:i], difference[a:i], heard)
                 q -= heard
             q /= scales[g]
-            np.rint(q, out=q)
-            np.maximum(q, low[g], out=q)  # np.clip costs several times as much on a short row
-            np.minimum(q, high[g], out=q)
+            rint(q, out=q)
+            xp.maximum(q, low[g], out=q)  # np.clip costs several times as much on a short row
+            xp.minimum(q, high[g], out=q)
             if clip is not None:
                 clip(i, q)
-            np.multiply(q, scales[g], out=d)
+            xp.multiply(q, scales[g], out=d)
             d -= weights[i]
         if b < len(corrected):
             corrected[b:] -= feedback[b:, a:b] @ difference[a:b]
@@ -261,8 +268,8 @@ def run(problem: Problem, options: Options) -> Solution:
         return rtn.run(problem, options)
     damping = problem.damping(options)
     act_order = options.act_order is not False
-    feedback = prepared(problem, damping, act_order)
-    weight = solve(problem.weights, feedback, choose(problem.weights, problem.spec, problem.gram.diagonal(), options.beta))
+    feedback, weights = prepared(problem, damping, act_order), problem.stats.backend.array(problem.weights)
+    weight = solve(weights, feedback, choose(weights, problem.spec, problem.gram.diagonal(), options.beta)).host()
     notes = feedback.notes(damping)
     if problem.budget is None:
         return Solution(weight, notes)
@@ -271,4 +278,4 @@ def run(problem: Problem, options: Options) -> Solution:
     return Solution(constrained, notes, {"columns_constrained": columns})
 
 
-QUANTIZER = Quantizer("gptq", "round with error feedback", run, "supported", batched="gram")
+QUANTIZER = Quantizer("gptq", "round with error feedback", run, "supported", batched="gram", on_device=True)

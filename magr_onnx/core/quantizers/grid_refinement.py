@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magr_onnx.core import compiled
+from magr_onnx.core import backends, compiled
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import ladder
 from magr_onnx.core.linalg import cholesky
@@ -38,27 +38,32 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
 
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.
     """
-    by_row = not compiled.serves(*target.shape)
+    b = backends.of(target)
+    by_row = not compiled.serves(*target.shape, backend=b)
     parts = compiled.by_columns(
-        lambda c: _regrid_columns(np.ascontiguousarray(target[:, c]), weight.columns(c), gram, by_row), *target.shape
+        lambda c: _regrid_columns(b.contiguous(target[:, c]), weight.columns(c), gram, by_row), *target.shape, backend=b
     )
+    if len(parts) == 1:
+        return parts[0]
     return Regridded(QuantizedWeight.side_by_side([part.weight for part in parts]), sum(part.gain for part in parts))
 
 
 def _regrid_columns(target: Array, weight: QuantizedWeight, gram: Gram, by_row: bool) -> Regridded:
     """Do the same for the given output channels, ``by_row`` or compiled."""
+    b = backends.of(target)
     rows, n = weight.spec.rows(len(target)), target.shape[1]
     state = Descent.of(target, weight, gram, most=max(PANEL, rows))
-    width = max(1, _VALUES // (rows * len(SHRINKS)))
+    width = max(1, b.part(_VALUES, rows * len(SHRINKS) * n) // (rows * len(SHRINKS)))
 
     def step(piece: Piece, local: Array, residual: Array) -> Array:
-        upper = cholesky(local[::-1, ::-1], 0.0).lower[::-1, ::-1]  # rounded to float32, the group may no longer be definite
-        inverse = np.linalg.inv(upper)
-        compensating = (inverse.T @ inverse).astype(np.float32) @ residual
-        feedback = (upper / np.diag(upper)).T.astype(np.float32)  # row i weighs the errors of the rows before it
+        lower = cholesky(b.xp.flip(local, axis=(0, 1)), 0.0).lower  # rounded to float32, the group may no longer be definite
+        upper = b.xp.flip(lower, axis=(0, 1))
+        inverse = b.xp.linalg.inv(upper)
+        compensating = b.cast(inverse.T @ inverse, "float32") @ residual
+        feedback = b.cast((upper / upper.diagonal()).T, "float32")  # row i weighs the errors of the rows before it
         if not by_row:
             return _regrid_compiled(state, piece, compensating, residual, np.square(np.diag(upper)).astype(np.float32), feedback)
-        change = np.empty_like(residual)
+        change: Array = b.xp.empty_like(residual)
         for at in range(0, n, width):
             c = slice(at, min(at + width, n))
             change[:, c] = _regrid(state, piece, c, compensating[:, c], residual[:, c], local, feedback)
@@ -90,43 +95,46 @@ def _regrid_compiled(state: Descent, piece: Piece, compensating: Array, residual
 
 def _regrid(state: Descent, piece: Piece, c: slice, compensating: Array, residual: Array, local: Array, feedback: Array) -> Array:
     """Give the columns ``c`` of a piece their best grid and codes; return the change of their weights ``(g, n)``."""
-    g, spec = piece.group, state.spec
-    before = state.scales[g, c] * state.codes[piece.rows, c]
+    g, spec, b = piece.group, state.spec, backends.of(residual)
+    xp, index = b.xp, b.index(piece.rows)
+    before = state.scales[g, c] * state.codes[index, c]
     rows, n = before.shape
     wanted = before + compensating
     scales, zeros = ladder(wanted, spec, SHRINKS)
     codes = wanted[:, None] / scales
-    _round(codes.reshape(rows, -1), feedback, -zeros.reshape(-1), np.float32(spec.top) - zeros.reshape(-1))
+    _round(codes.reshape(rows, -1), feedback, -zeros.reshape(-1), spec.top - zeros.reshape(-1))
     change = codes * scales
     change -= before[:, None]
     pull = (local @ change.reshape(rows, -1)).reshape(change.shape)
-    np.subtract(2 * residual[:, None], pull, out=pull)
-    gain = np.einsum("ksn,ksn->sn", change, pull)
-    best = gain.argmax(axis=0)
-    better = np.flatnonzero(gain[best, np.arange(n)] > 0)
+    xp.subtract(2 * residual[:, None], pull, out=pull)
+    gain = xp.einsum("ksn,ksn->sn", change, pull)
+    best = xp.argmax(gain, axis=0)
+    better = xp.nonzero(gain[best, b.index(np.arange(n))] > 0)[0]
     best, columns = best[better], c.start + better
     state.scales[g, columns], state.zeros[g, columns] = scales[best, better], zeros[best, better]
-    state.codes[piece.rows[:, None], columns] = codes[:, best, better]
-    state.error -= float(gain[best, better].sum(dtype=np.float64))
-    result: Array = np.zeros_like(before)
+    state.codes[index[:, None], columns] = codes[:, best, better]
+    state.error -= float(xp.sum(gain[best, better], dtype=xp.float64))
+    result: Array = xp.zeros_like(before)
     result[:, better] = change[:, best, better]
     return result
 
 
 def _round(values: Array, feedback: Array, low: Array, high: Array) -> None:
     """Round ``values (g, n)``, in units of the scale, in place, every row fed back the errors of those before it."""
+    b = backends.of(values)
+    xp, rint, add_up = b.xp, b.rint, b.add_up
     errors = -values
-    heard = np.empty_like(low)
+    heard = xp.empty_like(low)
     for start in range(0, len(values), _BLOCK):
         end = min(start + _BLOCK, len(values))
         for i in range(start, end):
             value = values[i]
             if i > start:
-                np.matmul(feedback[i, start:i], errors[start:i], out=heard)
+                add_up(feedback[i, start:i], errors[start:i], heard)
                 value -= heard
-            np.rint(value, out=value)
-            np.maximum(value, low, out=value)
-            np.minimum(value, high, out=value)
+            rint(value, out=value)
+            xp.maximum(value, low, out=value)
+            xp.minimum(value, high, out=value)
             errors[i] += value
         if end < len(values):
             values[end:] -= feedback[end:, start:end] @ errors[start:end]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from magr_onnx.core import backends
+from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.linalg import automatic_damping, damped
 from magr_onnx.core.magr import Reduction
@@ -46,6 +48,11 @@ class Problem:
     output_hessian: Array | None = None
 
     @property
+    def on_host(self) -> Problem:
+        """Return the problem as it is solved on the CPU."""
+        return replace(self, stats=replace(self.stats, backend=HOST))
+
+    @property
     def reference(self) -> Array:
         """Return the weight of the model, ``(K, N)``."""
         return self.target if self.original is None else self.original
@@ -67,9 +74,14 @@ class Problem:
 def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Gram:
     """Return the damped matrix of the layer error ``(K, K)`` float32; computed once for all layers that share the statistics, unless
     they are large."""
+    b = stats.backend
     if stats.is_large:
-        return damped(stats.regularized(centred), damping, overwrite=not stats.is_data_free).astype(np.float32, copy=False)
-    return stats.memo(("damped", centred, damping), lambda: damped(stats.regularized(centred).astype(np.float32), damping, overwrite=True))
+        return b.cast(damped(backends.gram_on(stats.regularized(centred), b), damping, overwrite=not stats.is_data_free), "float32")
+
+    def make() -> Gram:
+        return damped(backends.gram_on(stats.regularized(centred).astype(np.float32), b), damping, overwrite=True)
+
+    return stats.memo(("damped", centred, damping, b.name), make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +143,7 @@ class Quantizer:
             itself.
         batched: How `magr_onnx.core.quantizers.batched` stands in for it where a convolution has many small groups: with their Gram
             matrices, with the diagonals of these, or not at all.
+        on_device: Whether it computes where the statistics say (`magr_onnx.core.types.LayerStats.backend`); else on the CPU alone.
         quick: The quantizer that measures sensitivities in its place, where an error need not be the least.
         options: Options of the method; their values are in `Options.method_options`.
     """
@@ -141,5 +154,6 @@ class Quantizer:
     accumulators: Literal["none", "supported", "only"] = "none"
     chooses: bool = False
     batched: Literal["gram", "diagonal"] | None = None
+    on_device: bool = False
     quick: str = "gptq"
     options: tuple[OptionSpec, ...] = ()

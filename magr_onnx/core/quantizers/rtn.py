@@ -18,7 +18,8 @@ def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float |
 
 def run(problem: Problem, options: Options) -> Solution:
     """Quantize a layer."""
-    return Solution(quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=options.beta))
+    weights = problem.stats.backend.array(problem.weights)
+    return Solution(quantize(weights, problem.gram.diagonal(), problem.spec, beta=options.beta).host())
 
 
-QUANTIZER = Quantizer("rtn", "round to nearest", run, batched="diagonal", quick="rtn")
+QUANTIZER = Quantizer("rtn", "round to nearest", run, batched="diagonal", on_device=True, quick="rtn")
