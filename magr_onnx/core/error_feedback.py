@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.linalg import damped, solver, transposed_product
+from magr_onnx.core import backends
+from magr_onnx.core.linalg import damped, objective_on_backend, solver, transposed_product
 from magr_onnx.core.product import Product
 from magr_onnx.core.types import Array, LayerStats, TargetMoments, column_parts
 
@@ -52,11 +53,18 @@ class TargetWeights:
 
 
 def target_moments(weights: Array, cross: Array, float_gram: Array, float_mean: Array, rows: int) -> TargetMoments:
-    """Return moments of ``Y = X W0`` for ``W0 (K, N)`` from ``X_q^T X / n (K, K)``, ``X^T X / n (K, K)`` and ``mean(X) (K,)``."""
-    parts, product = column_parts(*weights.shape), Product(cross, weights)
-    columns = (weights[:, c].astype(np.float64) for c in parts)
-    power = np.concatenate([np.einsum("kn,kn->n", w, float_gram @ w) for w in columns])
-    return TargetMoments(product if len(parts) > 1 else product[:, :], transposed_product(weights, float_mean), power, rows)
+    """Return moments of ``Y = X W0`` for ``W0 (K, N)`` from ``X_q^T X / n (K, K)``, ``X^T X / n (K, K)`` and ``mean(X) (K,)``.
+
+    The two matrices are of one backend, the others of NumPy.
+    """
+    b, parts = backends.of(float_gram), column_parts(*weights.shape)
+    columns = (b.array(weights[:, c], "float64") for c in parts)
+    power = np.concatenate([b.host(b.xp.einsum("kn,kn->n", w, float_gram @ w)) for w in columns])
+    if len(parts) > 1:
+        product: Array | Product = Product(b.host(cross), weights)
+    else:
+        product = b.host(cross @ b.array(weights, "float64"))
+    return TargetMoments(product, transposed_product(weights, float_mean), power, rows)
 
 
 def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> TargetWeights:
@@ -102,26 +110,27 @@ def sample(n: int, most: int) -> npt.NDArray[np.intp]:
 
 def squared_error(quantized: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> float:
     """Return ``||X_q W_hat - Y||^2 / n`` over the rows of ``stats``, without the mean error if ``centred``."""
-    gram, residual = stats.objective_gram(centred), float(target.power.sum())
+    b, gram, residual = stats.backend, objective_on_backend(stats, centred), float(target.power.sum())
     if centred:
         residual -= float(np.square(target.mean).sum())
     for c in column_parts(*quantized.shape):
         w, cross = quantized[:, c].astype(np.float64), target.cross[:, c]
         if centred:
             cross = cross - np.outer(stats.mean, target.mean[c])
-        residual += float(np.einsum("kn,kn->", w, gram @ w - 2 * cross))
+        w, cross = b.array(w), b.array(cross)
+        residual += float(b.xp.einsum("kn,kn->", w, gram @ w - 2 * cross))
     return max(residual, 0.0)
 
 
 def _step(weights: Array, stats: LayerStats, target: TargetMoments, damping: float, centred: bool) -> Array:
     """Return ``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
-    gram = stats.objective_gram(centred)
+    b, gram = stats.backend, objective_on_backend(stats, centred)
     cross = target.cross[:, :]
     if centred:
         cross = cross - np.outer(stats.mean, target.mean)
-    key, few = ("feedback", centred, damping), len(stats.mean) <= KEPT
+    key, few = ("feedback", centred, damping, b.name), len(stats.mean) <= KEPT
 
     def factor() -> Callable[[Array], Array]:
-        return solver(damped(stats.regularized(centred), damping))
+        return solver(damped(backends.gram_on(stats.regularized(centred), b), damping))
 
-    return (stats.memo(key, factor) if few else factor())(cross - gram @ weights)
+    return b.host((stats.memo(key, factor) if few else factor())(b.array(cross) - gram @ b.array(weights)))

@@ -14,7 +14,7 @@ import numpy as np
 from magr_onnx.core import error_feedback
 from magr_onnx.core.gram import NOISE
 from magr_onnx.core.histograms import sketch
-from magr_onnx.core.linalg import layer_error, transposed_product
+from magr_onnx.core.linalg import error_of_inputs, transposed_product
 from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.types import (
     Activation,
@@ -157,7 +157,7 @@ def output_error(weight: Array, problem: LayerProblem, centred: bool) -> float:
         if problem.stats.is_data_free:  # H = I
             squared += float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))
         else:
-            squared += layer_error(difference, problem.stats.objective_gram(centred))
+            squared += error_of_inputs(difference, problem.stats, centred)
     return squared
 
 
@@ -178,7 +178,7 @@ def output_variance(weight: Array, stats: LayerStats, moments: TargetMoments | N
     elif stats.is_data_free:
         power = variance = float(np.einsum("kn,kn->", weight, weight, dtype=np.float64))
     else:
-        variance = layer_error(weight, stats.objective_gram(True))
+        variance = error_of_inputs(weight, stats, True)
         power = variance + float(np.square(transposed_product(weight, stats.mean)).sum())
     return variance if variance > NOISE * power else power
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from magr_onnx.core import backends
 from magr_onnx.core.gram import LARGE_ROWS, Array, Gram, RowGram
-from magr_onnx.core.types import column_parts
+from magr_onnx.core.types import LayerStats, column_parts
 from magr_onnx.errors import NonFiniteError
 
 
@@ -219,6 +219,21 @@ def column_errors(difference: Array, gram: Gram) -> Array:
     h = b.cast(gram, difference.dtype)
     parts = (difference[:, c] for c in column_parts(*difference.shape, most=b.column_bytes))
     return np.concatenate([b.host(b.contract("kn,kn->n", part, h @ part)) for part in parts])
+
+
+def objective_on_backend(stats: LayerStats, centred: bool) -> Gram:
+    """Return the matrix that errors are measured by (`LayerStats.objective_gram`) where solvers compute; copied once unless large."""
+    b = stats.backend
+    if b is backends.HOST:
+        return stats.objective_gram(centred)
+    if stats.is_large:
+        return backends.gram_on(stats.objective_gram(centred), b)
+    return stats.memo(("objective", centred, b.name), lambda: backends.gram_on(stats.objective_gram(centred), b))
+
+
+def error_of_inputs(difference: Array, stats: LayerStats, centred: bool) -> float:
+    """Return the `layer_error` of a weight difference ``D (K, N)`` of NumPy for inputs of these statistics."""
+    return layer_error(stats.backend.array(difference), objective_on_backend(stats, centred))
 
 
 def transposed_product(weight: Array, x: Array) -> Array:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core import threads
+from magr_onnx.core import backends, threads
 from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.error_feedback import target_moments
 from magr_onnx.core.gram import LARGE_ROWS, Gram, RowGram, gram_type
@@ -105,23 +105,23 @@ class MomentAccumulator:
             float_mean: Whether to sum the rows of the float model too.
             paired: Whether to sum ``cross`` and ``float_gram`` too, which `target_moments` is made of.
             few: Whether few rows are expected (`magr_onnx.core.gram.few`).
-            backend: Where solvers will compute with the statistics.
+            backend: Where solvers will compute with the statistics. Matrices are summed there, too.
         """
         self._backend = backend
-        shape = (width,) if groups is None else (groups, width)
-        self.gram: Gram = RowGram.diagonal_of(np.zeros(width)) if few else np.zeros((*shape, width))
+        shape, zeros = (width,) if groups is None else (groups, width), partial(backend.zeros, kind="float64")
+        self.gram: Gram = RowGram.diagonal_of(np.zeros(width)) if few else zeros((*shape, width))
         self.total: Array = np.zeros(shape)
         self.rows = 0.0
         self.float_total: Array | None = np.zeros(shape) if float_mean else None
-        self.cross: Array | None = np.zeros((width, width)) if paired else None
-        self.float_gram: Array | None = np.zeros((width, width)) if paired else None
+        self.cross: Array | None = zeros((width, width)) if paired else None
+        self.float_gram: Array | None = zeros((width, width)) if paired else None
 
     def add(self, gram: Gram, total: Array, rows: float, float_total: Array | None = None, weight: float = 1.0) -> None:
         """Add the sums of a batch."""
         if isinstance(gram, RowGram):
             self.gram = self.gram + gram * weight
         else:
-            self.gram += weighted(gram, weight)
+            self.gram += backends.of(self.gram).array(weighted(gram, weight))
         self.total += weighted(total, weight)
         self.rows += rows * weight
         if self.float_total is not None and float_total is not None:
@@ -132,20 +132,22 @@ class MomentAccumulator:
         if isinstance(self.gram, RowGram):
             self.gram = self.gram + RowGram.of(quantized) * weight
         else:
-            _add_product(self.gram, quantized, quantized, weight)
+            rows = backends.of(self.gram).array(quantized)
+            _add_product(self.gram, rows, rows, weight)
         self.total += weighted(quantized.sum(axis=0, dtype=np.float64), weight)
         self.rows += len(quantized) * weight
         if self.float_total is not None:
             self.float_total += weighted(real.sum(axis=0, dtype=np.float64), weight)
         if self.cross is not None and self.float_gram is not None:
-            _add_product(self.cross, quantized, real, weight)
-            _add_product(self.float_gram, real, real, weight)
+            floats = self._backend.array(real)
+            _add_product(self.cross, self._backend.array(quantized), floats, weight)
+            _add_product(self.float_gram, floats, floats, weight)
 
     def means(self) -> tuple[Gram, Array, int]:
         """Return second moments, mean and rows. Consumes the sums: the matrix may be the largest array in memory."""
         gram, self.gram = self.gram, np.zeros((0, 0))
         gram /= self._count
-        return gram.joined() if isinstance(gram, RowGram) else gram, self.total / self._count, whole_rows(self.rows)
+        return gram.joined() if isinstance(gram, RowGram) else backends.of(gram).host(gram), self.total / self._count, whole_rows(self.rows)
 
     def stats(self, activation: Activation | None = None) -> LayerStats:
         """Return `means` as `LayerStats` of a value quantized by ``activation``."""
@@ -235,6 +237,10 @@ def _add_product(total: Array, a: Array, b: Array, weight: float) -> None:
 
     Of a symmetric product, each strip is made from its diagonal on, and mirrored.
     """
+
+    if not backends.of(total).cached:
+        total += weighted(a.T @ b, weight)
+        return
 
     def add(at: int) -> None:
         end, first = min(at + LARGE_ROWS, len(total)), at if a is b else 0

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/devices.py [--device cpu|cuda|torch-cpu] [--shapes 1024x4096,4096x11008] [--repeats 3] [--json FILE]
 
-Weights are heavy-tailed, inputs correlated (64 common factors), 4 bits in blocks of 32. ``gram`` is ``X^T X`` of 2048 rows; ``factor`` the
-factorization for GPTQ, ``round`` GPTQ itself on a searched grid, ``sweep`` one sweep of coordinate descent with scale refits, ``regrid`` one
-pass of grid refits, ``magr`` MagR with its stopping rule. What is copied to and from the device counts in ``layer`` alone: quantizer comq from
-NumPy statistics to NumPy codes. ``error`` is the layer error of its result over that of the nearest codes on min-max grids, in float64 by
-NumPy: the same on every device but for rounding.
+Weights are heavy-tailed, inputs correlated (64 common factors), 4 bits in blocks of 32. ``gram`` is ``X^T X`` of 2048 rows; ``factor``
+the factorization for GPTQ, ``round`` GPTQ itself on a searched grid, ``sweep`` one sweep of coordinate descent with scale refits,
+``regrid`` one pass of grid refits, ``magr`` MagR with its stopping rule. What is copied to and from the device counts in ``layer`` alone:
+quantizer comq from NumPy statistics to NumPy codes. ``error`` is the layer error of its result over that of the nearest codes on min-max
+grids, in float64 by NumPy: the same on every device but for rounding.
 """
 
 from __future__ import annotations

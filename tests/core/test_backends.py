@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magr_onnx.core import backends, linalg, magr, prox
+from magr_onnx.core import backends, error_feedback, linalg, magr, prox
 from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import RowGram
 from magr_onnx.core.grid import minmax, search
+from magr_onnx.core.moments import MomentAccumulator, split_stats, with_folds
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, cross_validation, gptq
 from magr_onnx.core.types import LayerStats, WeightSpec
@@ -35,7 +36,9 @@ def on(backend: Any, stats: LayerStats) -> LayerStats:
     return LayerStats(stats.gram, stats.mean, stats.rows, folds=stats.folds, backend=backend)
 
 
-@pytest.mark.parametrize("spec", [WeightSpec(3, 32), WeightSpec(4, None, symmetric=True), WeightSpec(4, 50, scale_dtype="float16")], ids=str)
+@pytest.mark.parametrize(
+    "spec", [WeightSpec(3, 32), WeightSpec(4, None, symmetric=True), WeightSpec(4, 50, scale_dtype="float16")], ids=str
+)
 @pytest.mark.parametrize("name", [name for name, quantizer in QUANTIZERS.items() if quantizer.on_device])
 def test_quantizers_find_what_they_find_in_numpy(name: str, spec: WeightSpec, device: Any) -> None:
     weights, stats = layer(K, N)[0], stats_of()
@@ -117,6 +120,29 @@ def test_matrices_of_few_rows_have_all_entries_there(device: Any) -> None:
     gram = RowGram.of(activations(20, K)).plus_diagonal(0.5)
     np.testing.assert_allclose(device.host(backends.gram_on(gram, device)), gram.dense(), rtol=1e-5, atol=1e-4)
     assert backends.gram_on(gram, HOST) is gram
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_sums_and_targets_of_error_feedback_are_those_of_numpy(centred: bool, device: Any) -> None:
+    """From rows of a float layer and of one behind a quantized layer; a fourth of the rows, and a batch of them, is held out."""
+    weights, x = layer(K, N)[0], activations(800, K).astype(np.float32)
+    rounded = (x + 0.3 * np.random.default_rng(1).standard_normal(x.shape)).astype(np.float32) @ np.eye(K, dtype=np.float32)
+    found = []
+    for backend in (HOST, device):
+        parts = [MomentAccumulator(K, float_mean=True, paired=True, backend=backend) for _ in range(2)]
+        for at in range(0, 800, 200):
+            rows = slice(at, at + 200)
+            parts[min(at, 1)].add_rows(rounded[rows], x[rows], 1.0 if at else 0.5)
+        moments = with_folds([part.target_moments(weights) for part in parts], 1)
+        stats = split_stats(parts, 1, None)
+        assert stats is not None
+        assert stats.backend is stats.without(0).backend is backend
+        target = error_feedback.solve_target(weights, stats, moments, centred)
+        found.append((stats.gram, moments.cross, moments.power, target.weights, target.before, target.after))
+        assert target.damping is not None
+        assert all(isinstance(array, np.ndarray) for array in (stats.gram, moments.cross, target.weights, *target.fits))
+    for here, there in zip(*found, strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-5 * np.abs(here).max())
 
 
 @pytest.mark.parametrize("name", ["hqq", "gptq"])

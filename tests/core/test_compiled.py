@@ -39,7 +39,7 @@ def error(difference: Array, gram: Array) -> Array:
 def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Go through the kinds of loops."""
     for kind in ("compiled", "NumPy"):
-        monkeypatch.setattr(compiled, "serves", lambda k, n, kind=kind: kind == "compiled")
+        monkeypatch.setattr(compiled, "serves", lambda k, n, backend=None, kind=kind: kind == "compiled")
         yield kind
 
 

@@ -26,7 +26,7 @@ class Backend(ABC):
         compiles: Whether loops compiled by Numba take its arrays.
         cached: Whether loops take what stays in a cache at a time; else all there is, in as few calls as possible.
         rint: ``rint(x, out=None)`` rounds to the nearest integers, ties to even. It and the next are in loops over rows.
-        add_up: ``add_up(weights, rows, out)`` computes the sum of ``rows (p, N)``, each multiplied by its weight ``(p,)``, into ``out (N,)``.
+        add_up: ``add_up(weights, rows, out)`` computes the sum of ``rows (p, N)``, each times its weight ``(p,)``, into ``out (N,)``.
         product: ``product(a, b, out=None)`` returns the matrix product ``a b``.
         column_bytes: Bytes of float32 output channels that a solver processes at a time; None for the usual.
     """
@@ -98,6 +98,7 @@ class Backend(ABC):
     def inner(self, a: Array, b: Array) -> float:
         """Return the sum of all products of two arrays of one shape."""
 
+    @abstractmethod
     def wait(self) -> None:
         """Wait for all that was begun on the device."""
 

@@ -60,6 +60,9 @@ class _NumPy(Backend):
 
     product = staticmethod(threads.product)
 
+    def wait(self) -> None:
+        pass
+
     def contract(self, subscripts: str, a: Array, b: Array) -> Array:
         result: Array = np.einsum(subscripts, a, b, dtype=np.float64)
         return result

@@ -20,7 +20,7 @@ from magr_onnx.core import error_feedback
 from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import NOISE
 from magr_onnx.core.layer import output_variance
-from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.linalg import error_of_inputs
 from magr_onnx.core.quantizers import a2q, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
@@ -50,7 +50,7 @@ class Fold:
         w = weight.astype(np.float64)
         if self.target is None:
             difference = w - problem.reference
-            squared = layer_error(difference, held_out.objective_gram(problem.centred))
+            squared = error_of_inputs(difference, held_out, problem.centred)
             bias = difference.T @ (held_out.mean - fit.mean)
         else:
             outside, inside = self.target
