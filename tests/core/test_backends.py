@@ -17,7 +17,7 @@ from magr_onnx.core.moments import MomentAccumulator, split_stats, with_folds
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, cross_validation, gptq
 from magr_onnx.core.types import LayerStats, WeightSpec
-from magr_onnx.errors import DependencyError, OptionError
+from magr_onnx.errors import DependencyError, MagrError, OptionError
 from tests.helpers import Array, activations, layer
 
 K, N = 160, 48
@@ -175,6 +175,13 @@ def test_products_are_exact_while_a_run_lasts(device: Any) -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_device_without_memory_is_named(device: Any) -> None:
+    import torch
+
+    with pytest.raises(MagrError, match=f"device {device.name} .* is out of memory; .*leave the device out"), device.exact():
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB\nand more")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "torch", ""])

@@ -104,5 +104,9 @@ class Backend(ABC):
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Compute products of float32 in float32, not in TF32, while the block runs."""
+        """Compute products of float32 in float32, not in TF32, while the block runs.
+
+        Raises:
+            MagrError: The device was out of memory.
+        """
         yield

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from magr_onnx.core.backends.base import Array, Backend, Kind
+from magr_onnx.errors import MagrError
 
 _TYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "uint8": torch.uint8}
 
@@ -101,6 +102,11 @@ class TorchBackend(Backend):
         torch.set_float32_matmul_precision("highest")
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            raise MagrError(
+                f"device {self.name} ({self.described}) is out of memory; end other programs there, give a smaller gram_budget, or leave "
+                f"the device out, which solves layers on the CPU ({str(error).splitlines()[0]})"
+            ) from error
         finally:
             torch.set_float32_matmul_precision(before)
 
