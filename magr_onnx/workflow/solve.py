@@ -427,7 +427,7 @@ def _remarks(done: _Round, context: RunContext) -> list[str]:
     if context.backend is not HOST:
         where = f"device {context.backend.name} ({context.backend.described})"
         if any(row.rows for row in done.rows):
-            others = "layers without data, convolutions, recurrent operators and tables of embeddings"
+            others = "layers without data, experts, convolutions, recurrent operators and tables of embeddings"
             notes.append(f"linear layers were solved on {where}, unless their rows say otherwise; {others} on the CPU")
         else:
             notes.append(f"nothing was solved on {where}: layers without data are solved on the CPU; give calibration data")
