@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -213,16 +214,15 @@ def _block(plan: Plan, layer: ExpertLayer) -> int | None:
 
 
 def _solved(layer: ExpertLayer, plan: Plan, stats: Iterable[Stats]) -> list[list[Solved]]:
-    """Solve both layers of all experts, several at a time."""
+    """Solve both layers of all experts, as many experts side by side as there are threads."""
 
     def solve(problem: LayerProblem) -> Solved:
         return Solved.of(problem, plan.solve(problem))
 
-    both: list[list[Solved]] = [[], []]
-    for problems in problems_of(layer, stats):
-        for solved, one in zip(both, threads.each(solve, problems), strict=True):
-            solved.append(one)
-    return both
+    problems, solved = problems_of(layer, stats), list[Solved]()
+    while some := list(itertools.islice(problems, threads.count())):
+        solved += threads.each(solve, itertools.chain.from_iterable(some))
+    return [solved[::2], solved[1::2]]
 
 
 def _grid_notes(layer: ExpertLayer, plan: Plan, block: int | None, readers: int) -> list[str]:

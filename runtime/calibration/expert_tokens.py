@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core import threads
 from magr_onnx.core.experts import nearest, route
 from magr_onnx.core.gram import LEAST_WIDTH
 from magr_onnx.core.moments import MomentAccumulator, split_stats
@@ -97,31 +98,24 @@ class Tokens:
         """
         found = np.zeros(self.layer.experts, np.intp)
         bad: list[str] = []
-        for index, kept, scores, rows in self._batches():
-            if not (np.isfinite(rows[kept]).all() and np.isfinite(scores[kept]).all()):
-                where = self.data.label(index)
+        for batch in self._batches():
+            if not (np.isfinite(batch.rows[batch.kept]).all() and np.isfinite(batch.scores[batch.kept]).all()):
+                where = self.data.label(batch.index)
                 bad.append(f"input or scores of {self.layer.name} ({self.layer.x.name}): NaN or infinite activations in {where}")
-            found += route(scores, self.layer.form.k)[kept].sum(axis=0)
+            found += batch.seen.sum(axis=0)
         raise_all(NonFiniteError, bad[:1])
         return found
 
     def moments(self, experts: Sequence[int], counts: npt.NDArray[np.intp]) -> list[Stats]:
         """Return the second moments of what both layers of some ``experts`` read; ``counts (E,)`` are the tokens that go to each."""
-        hold_out, share = HoldOut.of(self.data.samples), -(-FEW // len(self.data))
-        first = self.layer.stacks()[0]
-        found = [_Expert.start(self.layer, number, to_matrix(first[number]), hold_out) for number in experts]
-        for index, kept, scores, rows in self._batches():
-            seen, weight = route(scores, self.layer.form.k) & kept[:, None], self.data.weight(index)
-            for expert in found:
-                own = seen[:, expert.number]
-                expert.add(index, rows[own], weight)
-                if counts[expert.number] < FEW:
-                    others = nearest(scores, self.layer.form.k, expert.number, kept & ~own, share - int(own.sum()))
-                    expert.add(index, rows[others], weight * JOINING)
+        hold_out, first = HoldOut.of(self.data.samples), self.layer.stacks()[0]
+        found = [_Expert.start(self.layer, number, to_matrix(first[number]), hold_out, counts[number] < FEW) for number in experts]
+        for batch in self._batches():
+            threads.each(partial(_Expert.take, batch=batch), found)
         return [expert.stats() for expert in found]
 
-    def _batches(self) -> Iterator[tuple[int, Truth, Array, Array]]:
-        """Yield the number of a batch, which tokens count ``(n,)``, their scores ``(n, E)`` and inputs ``(n, H)``, float32."""
+    def _batches(self) -> Iterator[_Batch]:
+        """Yield what was read in every batch."""
         for index in range(len(self.values)):
             scores, rows = (
                 self.values.floats.get(str(value.name), index).reshape(-1, width).astype(np.float32, copy=False)
@@ -129,7 +123,31 @@ class Tokens:
             )
             mask = self.values.masks[index]
             kept = mask.reshape(-1) if mask is not None and mask.size == len(rows) else np.ones(len(rows), np.bool_)
-            yield index, kept, scores, rows
+            seen = route(scores, self.layer.form.k) & kept[:, None]
+            yield _Batch(index, self.data.weight(index), rows, scores, kept, seen, -(-FEW // len(self.data)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """What a mixture read in one batch.
+
+    Attributes:
+        index: Its number.
+        weight: The factor of sums over it.
+        rows: Inputs ``(n, H)`` float32.
+        scores: Scores ``(n, E)`` float32.
+        kept: Which tokens count, ``(n,)``.
+        seen: Which tokens that count go to which experts, ``(n, E)``.
+        share: Tokens that an expert with few of them takes at least.
+    """
+
+    index: int
+    weight: float
+    rows: Array
+    scores: Array
+    kept: Truth
+    seen: Truth
+    share: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +159,7 @@ class _Expert:
         number: Its number.
         weight: Its first matrix ``(H, F)``.
         bias: The bias of that ``(F,)``; None for none.
+        joined: Whether tokens that come nearest join its own.
         sums: Of the inputs, and of the hidden units.
     """
 
@@ -148,17 +167,26 @@ class _Expert:
     number: int
     weight: Array
     bias: Array | None
+    joined: bool
     sums: tuple[Parts[MomentAccumulator], Parts[MomentAccumulator]]
 
     @staticmethod
-    def start(layer: ExpertLayer, number: int, weight: Array, hold_out: HoldOut) -> _Expert:
+    def start(layer: ExpertLayer, number: int, weight: Array, hold_out: HoldOut, joined: bool) -> _Expert:
         """Start with no tokens."""
         bias = layer.read_biases()[0]
         first, second = (
             Parts(hold_out, width, partial(MomentAccumulator, width, few=width >= LEAST_WIDTH)) for width in (layer.k, layer.units)
         )
         of_expert = None if bias is None else bias[number].astype(np.float32)
-        return _Expert(layer, number, weight, of_expert, (first, second))
+        return _Expert(layer, number, weight, of_expert, joined, (first, second))
+
+    def take(self, batch: _Batch) -> None:
+        """Add the tokens of a batch that go to the expert and, where they are few, those that come nearest."""
+        own = batch.seen[:, self.number]
+        self.add(batch.index, batch.rows[own], batch.weight)
+        if self.joined:
+            others = nearest(batch.scores, self.layer.form.k, self.number, batch.kept & ~own, batch.share - int(own.sum()))
+            self.add(batch.index, batch.rows[others], batch.weight * JOINING)
 
     def add(self, batch: int, rows: Array, weight: float) -> None:
         """Add tokens ``(n, H)``."""

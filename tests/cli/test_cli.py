@@ -21,6 +21,7 @@ from magr_onnx.cli.app import commands
 from magr_onnx.cli.commands import demo
 from magr_onnx.cli.main import main
 from magr_onnx.core.option_spec import bytes_of
+from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
 from tests import graphs
 from tests.graphs import feeds, proto
@@ -269,6 +270,12 @@ def test_inspect_shows_what_would_be_skipped(folder: Path) -> None:
     assert "1 layers to convert, 2 to leave as they are" in result.stdout
     assert "up (Gemm): excluded by name" in result.stdout
     assert max(map(len, result.stdout.splitlines()[1:])) <= 80
+
+
+def test_inspect_shows_how_many_experts_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(ZOO["experts-with-gates"].build(), path)
+    assert "6 x 32 x 144" in run("inspect", path).stdout
 
 
 def test_convolutions_and_tables_have_options(tmp_path: Path) -> None:

@@ -34,13 +34,13 @@ def inspect(
     inspection = api.inspect(model, include=include or (), exclude=exclude or (), **choice)
     lines = [f"{inspection.name}: {inspection.bytes / 1e6:.2f} MB, opset {inspection.opset}, IR version {inspection.ir_version}", ""]
     width = console.columns()
-    name_width = width - 46  # for names
-    lines.append(f"{'layer':{name_width}} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
+    name_width = width - 49  # for names
+    lines.append(f"{'layer':{name_width}} {'K x N':>16} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in inspection.layers:
         name = name_end(row["scope"] or row["name"], name_width)
         bias = "yes" if row["bias"] else "-"
-        shape = f"{row['k']} x {row['n']}"
-        lines.append(f"{name:{name_width}} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
+        shape = " x ".join(str(row[size]) for size in ("groups", "k", "n") if size != "groups" or row[size] > 1)
+        lines.append(f"{name:{name_width}} {shape:>16} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
     lines += ["", f"{len(inspection.layers)} layers to convert, {len(inspection.skipped)} to leave as they are"]
     for reason, rows in by_reason(inspection.skipped).items():
         texts = (f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows)
