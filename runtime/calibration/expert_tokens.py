@@ -25,8 +25,8 @@ from magr_onnx.core.experts import nearest, route
 from magr_onnx.core.gram import LEAST_WIDTH
 from magr_onnx.core.moments import MomentAccumulator, split_stats
 from magr_onnx.core.types import Array, LayerStats
-from magr_onnx.errors import NonFiniteError, raise_all
-from magr_onnx.passes.instrument.segments import segments_of
+from magr_onnx.errors import ModelError, NonFiniteError, listed, raise_all
+from magr_onnx.passes.instrument.segments import non_tensors, segments_of
 from magr_onnx.passes.layers.experts import ExpertLayer, to_matrix
 from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -62,9 +62,14 @@ def staged_tokens(
         context: Data, mask and provider.
         cache: Bytes of values between stages held in memory.
         progress: Told of every stage.
+
+    Raises:
+        ModelError: Values between stages are no tensors.
     """
     mixtures = {id(layer): layer for layer in layers}
     steps = segments_of(model, [*layers, *cuts])
+    if containers := non_tensors(model, steps):
+        raise ModelError(f"{listed(containers)} between stages is no tensor")
     with Cache(cache) as floats, Cache(0) as unused:
         values = Values(model, model, context, floats, unused, ())
         for s, (stage, live) in enumerate(zip(steps.stages, lives_of(model, steps), strict=True)):

@@ -490,6 +490,23 @@ def test_experts_in_a_branch_are_data_free(tmp_path: Path) -> None:
     assert sqnr(run(proto, data[0]), run(path, data[0])) > 15
 
 
+def test_experts_between_sequences_are_data_free() -> None:
+    text = f"""g (float[n, {H}] x) => (float[n, {H}] y) {{
+        parts = SequenceConstruct(x)
+        scores = MatMul(x, r)
+        [first] a = com.microsoft.MoE<{attributes(form_of())}>(x, scores, w1, , w2)
+        more = SequenceInsert(parts, a)
+        both = ConcatFromSequence<axis = 0>(more)
+        again = MatMul(both, r)
+        [moe] b = com.microsoft.MoE<{attributes(form_of("relu"))}>(both, again, w1, , w2)
+        y = Neg(b)
+    }}"""
+    proto = model(text, domains=MICROSOFT, **arrays(form_of(), bias=False))  # type: ignore[arg-type]
+    report = magr_onnx.optimize(proto, batches(4), progress=False).report
+    assert "data-free: its inputs cannot be gathered: parts between stages is no tensor" in row_of(report).notes
+    assert report.verified == 2
+
+
 def test_weights_and_inputs_that_are_not_finite() -> None:
     proto = experts()
     w = initial(proto, "w2").copy()
