@@ -18,6 +18,7 @@ from magr_onnx.model_io.atomic import remove_stale, staging_directory
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, output_errors, oversized
 from magr_onnx.passes import LinearLayer
+from magr_onnx.passes.layers.recurrent import GATES
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data.sources import Steps
@@ -140,6 +141,16 @@ class RunContext:
     def is_unsolved(self, layer: LinearLayer) -> bool:
         """Whether the job directory does not have the layer."""
         return self.store is None or not self.store.has(layer)
+
+    def device_notes(self, rows: Iterable[LayerRow]) -> list[str]:
+        """What to say of the device that was asked for: what was solved there, and what was not."""
+        if self.backend is HOST:
+            return []
+        where = f"device {self.backend.name} ({self.backend.described})"
+        if any(row.rows for row in rows if row.op not in (*GATES, "Conv")):
+            others = "layers without data, convolutions, recurrent operators and tables of embeddings"
+            return [f"linear layers were solved on {where}, unless their rows say otherwise; {others} on the CPU"]
+        return [f"nothing was solved on {where}: only linear layers with calibration data are; all others are solved on the CPU"]
 
     def notes(self, model: ir.Model) -> list[str]:
         """What to say about files in the report of the finished ``model``."""

@@ -125,7 +125,7 @@ def _tokens(model: ir.Model, layers: Sequence[ExpertLayer], data: Batches, conte
         return iter(())
     routers = set(routers_of(model))
     cuts = [layer for layer in linear.find(model)[0] if not layer.nested and layer.node not in routers] if context.memory.large else []
-    calibration = CalibrationContext(data, context.mask, context.provider)
+    calibration = CalibrationContext(data, context.mask, context.provider, backend=context.backend)
     return staged_tokens(model, mixtures, cuts, calibration, context.memory.cache, context.stage("calibrating experts"))
 
 

@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options
 from magr_onnx.config.options import Options
-from magr_onnx.core.backends import HOST
 from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
@@ -220,7 +219,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     rows = _rows(done, setup, others, model)
     emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in others if row.op in (*GATES, "Conv")}
     skips = [*setup.skips, *done.skips, *done.convolutions.skips]
-    notes += [*_remarks(done, context), *context.notes(done.model)]
+    notes += [*_remarks(done, context), *context.device_notes(rows), *context.notes(done.model)]
     digests = done.digests | begun.digests | done.tables.digests | done.convolutions.digests
     return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search, setup.may_widen, bool(rounding.grids))
 
@@ -424,13 +423,6 @@ def _remarks(done: _Round, context: RunContext) -> list[str]:
     if done.spilled:
         cache = megabytes(context.memory.cache)
         notes.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {cache})")
-    if context.backend is not HOST:
-        where = f"device {context.backend.name} ({context.backend.described})"
-        if any(row.rows for row in done.rows):
-            others = "layers without data, experts, convolutions, recurrent operators and tables of embeddings"
-            notes.append(f"linear layers were solved on {where}, unless their rows say otherwise; {others} on the CPU")
-        else:
-            notes.append(f"nothing was solved on {where}: layers without data are solved on the CPU; give calibration data")
     if floats := sum(row.bits is not None and row.emitted is None for row in done.rows):
         notes.append(
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "

@@ -12,7 +12,7 @@ without data: 1.1 dB better for experts of which calibration data has up to five
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core import threads
+from magr_onnx.core.backends import Backend
 from magr_onnx.core.experts import nearest, route
 from magr_onnx.core.gram import LEAST_WIDTH
 from magr_onnx.core.moments import MomentAccumulator, split_stats
@@ -76,7 +77,7 @@ def staged_tokens(
             values.advance(live, feedback=False, first=s == 0)
             for layer in stage:
                 if id(layer) in mixtures:
-                    yield Tokens(mixtures[id(layer)], values, context.data)
+                    yield Tokens(mixtures[id(layer)], values, context.data, context.backend)
             values.keep(live)
             progress(s + 1, len(steps.stages))
 
@@ -89,11 +90,13 @@ class Tokens:
         layer: The mixture.
         values: Its inputs and scores, in all batches.
         data: The batches.
+        backend: Where experts are solved.
     """
 
     layer: ExpertLayer
     values: Values
     data: Batches
+    backend: Backend
 
     def counts(self) -> npt.NDArray[np.intp]:
         """Count the tokens that go to every expert, ``(E,)``.
@@ -114,7 +117,8 @@ class Tokens:
     def moments(self, experts: Sequence[int], counts: npt.NDArray[np.intp]) -> list[Stats]:
         """Return the second moments of what both layers of some ``experts`` read; ``counts (E,)`` are the tokens that go to each."""
         hold_out, first = HoldOut.of(self.data.samples), self.layer.stacks()[0]
-        found = [_Expert.start(self.layer, number, to_matrix(first[number]), hold_out, counts[number] < FEW) for number in experts]
+        sums = partial(MomentAccumulator, backend=self.backend)
+        found = [_Expert.start(self.layer, number, to_matrix(first[number]), hold_out, sums, counts[number] < FEW) for number in experts]
         for batch in self._batches():
             threads.each(partial(_Expert.take, batch=batch), found)
         return [expert.stats() for expert in found]
@@ -176,12 +180,12 @@ class _Expert:
     sums: tuple[Parts[MomentAccumulator], Parts[MomentAccumulator]]
 
     @staticmethod
-    def start(layer: ExpertLayer, number: int, weight: Array, hold_out: HoldOut, joined: bool) -> _Expert:
+    def start(
+        layer: ExpertLayer, number: int, weight: Array, hold_out: HoldOut, sums: Callable[..., MomentAccumulator], joined: bool
+    ) -> _Expert:
         """Start with no tokens."""
         bias = layer.read_biases()[0]
-        first, second = (
-            Parts(hold_out, width, partial(MomentAccumulator, width, few=width >= LEAST_WIDTH)) for width in (layer.k, layer.units)
-        )
+        first, second = (Parts(hold_out, width, partial(sums, width, few=width >= LEAST_WIDTH)) for width in (layer.k, layer.units))
         of_expert = None if bias is None else bias[number].astype(np.float32)
         return _Expert(layer, number, weight, of_expert, joined, (first, second))
 

@@ -15,6 +15,7 @@ from magr_onnx.errors import OptionError
 from magr_onnx.models import bundled
 from tests.graphs import chain, deep
 from tests.helpers import few_samples
+from tests.workflow.test_experts import batches, experts, form_of
 
 needs_torch = pytest.mark.usefixtures("array_api")
 
@@ -48,6 +49,17 @@ def test_layers_of_the_file_are_as_good_as_numpys(options: dict[str, Any], tmp_p
 
 
 @needs_torch
+def test_experts_are_as_good_as_numpys() -> None:
+    errors = []
+    for device in ("cpu", "torch-cpu"):
+        report = magr_onnx.optimize(experts(form_of("swiglu")), batches(30), device=device, progress=None).report
+        errors.append([row.error for row in report.layers])
+        assert any("linear layers were solved on" in note for note in report.notes) == (device == "torch-cpu")
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert errors[0]
+
+
+@needs_torch
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "same"),
@@ -77,7 +89,8 @@ def test_the_file_is_as_good_as_numpys(options: dict[str, Any], same: float, tmp
 def test_without_data_nothing_is_solved_there_and_the_report_says_so() -> None:
     here, there = (magr_onnx.optimize(chain(), device=device, progress=None) for device in ("cpu", "torch-cpu"))
     assert [note for note in there.report.notes if note not in here.report.notes] == [
-        "nothing was solved on device torch-cpu (torch on the CPU): layers without data are solved on the CPU; give calibration data"
+        "nothing was solved on device torch-cpu (torch on the CPU): only linear layers with calibration data are; all others are solved on "
+        "the CPU"
     ]
     arrays = [{name: value.const_value.numpy().tobytes() for name, value in o.model.graph.initializers.items()} for o in (here, there)]
     assert arrays[0] == arrays[1]
