@@ -281,7 +281,7 @@ EXPECTED = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("web", "llm-int2"))) for name in PRESETS])
 def test_presets_on_the_bundled_model(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     with np.load(bundled.CALIBRATION) as data:

@@ -74,13 +74,13 @@ def test_the_folder_is_the_bundled_model(folder: Path) -> None:
     np.testing.assert_allclose(session.run(["logits"], feed)[0], expected, atol=2e-3)
 
 
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS: list[Any] = [
     {},
     {"preset": "llm-int4"},
     {"embeddings": "gather-block-quantized", "embedding_bits": 4, "external_data": True},
     {"embeddings": "dequantize", "format": "qdq", "bits": 8},
-    {"format": "dynamic-int8"},
-    {"format": "qdq-int8"},
+    pytest.param({"format": "dynamic-int8"}, marks=pytest.mark.slow),
+    pytest.param({"format": "qdq-int8"}, marks=pytest.mark.slow),
     {"bits": 2, "low_rank": 8, "accuracy_level": 4},
 ]
 

@@ -189,7 +189,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind if kind in ("static", "best") else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS])
 @pytest.mark.parametrize("trap", CONVOLUTIONS, ids=lambda t: t.name)
 def test_every_format_is_valid_and_close(trap: Trap, kind: str, tmp_path: Path) -> None:
     rng, path = np.random.default_rng(0), tmp_path / "q.onnx"
