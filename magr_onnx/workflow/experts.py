@@ -13,9 +13,10 @@ import onnx_ir as ir
 from magr_onnx.config.layer_options import described
 from magr_onnx.config.options import Options
 from magr_onnx.core import threads
-from magr_onnx.core.expert_packing import expert_block
+from magr_onnx.core.expert_packing import expert_block, stored_block
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.packing import container_bits
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.canonical.routers import routers_of
@@ -24,7 +25,7 @@ from magr_onnx.passes.layer_passes.experts import Solved, biases_of, join, notes
 from magr_onnx.passes.layers import experts, linear
 from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import by_weight, split_shared
+from magr_onnx.passes.layers.weighted import FLOATS, by_weight, split_shared
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.reasons import ExpertReason
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -180,7 +181,7 @@ def _write(result: Converted, group: _Group, stats: Iterable[Stats] | None, why:
     """Solve the experts of a group and write them into all their readers; ``why`` they have no statistics, where there is data."""
     first = group.readers[0]
     plan, own = plans.of(first)
-    block = _block(plan, first)
+    block = block_of(plan, first)
     unknown: list[Stats] = [(None, None)] * first.experts
     solved = _solved(first, plan.for_experts(block), unknown if stats is None else stats)
     seen = ([f"data-free: {why}"] if why else []) if stats is None else _count_notes(group.counts)
@@ -207,7 +208,20 @@ def _count_notes(counts: Counts) -> list[str]:
     return notes
 
 
-def _block(plan: Plan, layer: ExpertLayer) -> int | None:
+def packed_bytes(plan: Plan, layer: ExpertLayer, calibrated: bool) -> int:
+    """Return the size of the quantized experts of a layer; ``calibrated``, they get biases where the plan corrects any."""
+    spec = plan.for_experts(block_of(plan, layer)).spec or WeightSpec()
+    block, bits = stored_block(spec, [layer.k, layer.units]), container_bits(spec.bits)
+    biased = calibrated and plan.bias_policy == "any"
+    total, real = 0, np.dtype(FLOATS[layer.dtype]).itemsize
+    for k, n in ((layer.k, layer.n - layer.units), (layer.units, layer.k)):
+        blocks = k // (block or k)
+        zeros = 0 if spec.symmetric else -(-blocks * bits // 8)
+        total += layer.experts * n * (k * bits // 8 + blocks * real + zeros + real * biased)
+    return total
+
+
+def block_of(plan: Plan, layer: ExpertLayer) -> int | None:
     """Rows that share a scale in both layers of an expert; None for one scale a channel."""
     assert plan.quantize is not None
     return expert_block(plan.quantize.block_size, [layer.k, layer.units])

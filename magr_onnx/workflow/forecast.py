@@ -30,13 +30,14 @@ from magr_onnx.model_io import files
 from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.report.data import megabytes
 from magr_onnx.runtime.calibration.fisher import MAX_OUTPUTS
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Source, run_batches
 from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.ort.session import Session
-from magr_onnx.workflow import arithmetic, growth, size_model, tied_tables
+from magr_onnx.workflow import arithmetic, experts, growth, size_model, tied_tables
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
 from magr_onnx.workflow.progress import duration
@@ -172,7 +173,8 @@ def measure(request: OptimizeRequest) -> Forecast:
             seconds=seconds,
             memory=_memory(prepared, rows, context),
             bytes_before=prepared.bytes,
-            bytes_after=files.model_bytes(size_model.converted(prepared.model, plans)),
+            bytes_after=files.model_bytes(size_model.converted(prepared.model, plans))
+            + sum(experts.packed_bytes(plan, layer, prepared.data is not None) - layer.bytes for layer in _mixtures(prepared)),
             notes=tuple(_left_out(prepared, request)),
         )
 
@@ -201,8 +203,11 @@ def _left_out(prepared: Prepared, request: OptimizeRequest) -> Iterator[str]:
         yield f"device {request.device.name}: it is the time of this machine's CPU"
     if request.validation is not None:
         yield "the comparison on validation data comes on top"
-    if others := len(prepared.others):
-        yield f"{others} convolutions, recurrent operators, experts or tables are written too: sizes and passes of these are not in it"
+    mixtures = len(_mixtures(prepared))
+    if others := len(prepared.others) - mixtures:
+        yield f"{others} convolutions, recurrent operators or tables are written too: sizes and passes of these are not in it"
+    if mixtures and prepared.data is not None:
+        yield f"{mixtures} mixtures of experts: the passes over the data that gather their tokens are not in it"
 
 
 def product_rate() -> float:
@@ -295,7 +300,7 @@ class _Matrix:
 
 
 def _matrices(prepared: Prepared, rows: Mapping[str, int]) -> list[_Matrix]:
-    """What solvers will work on: linear layers, and convolutions that are no stacks of small groups."""
+    """What solvers will work on: linear layers, convolutions that are no stacks of small groups, and experts."""
     plan = prepared.plan
     matrices = [_Matrix(layer.k, layer.n, rows.get(layer.reads, 0), plan) for layer in prepared.layers]
     convolutions = [layer for layer in prepared.others if isinstance(layer, ConvLayer) and layer.group == 1]
@@ -303,7 +308,15 @@ def _matrices(prepared: Prepared, rows: Mapping[str, int]) -> list[_Matrix]:
         of_conv = plan.for_channels(plan.convolutions, absorbs=True)
         many = 0 if prepared.data is None else MANY_ROWS * MOST_INPUTS
         matrices += [_Matrix(layer.k, layer.n, many, of_conv) for layer in convolutions]
+    for layer in _mixtures(prepared):
+        of_experts, many = plan.for_experts(experts.block_of(plan, layer)), max(rows.values(), default=0) * layer.form.k // layer.experts
+        both = ((layer.k, layer.n - layer.units), (layer.units, layer.k))
+        matrices += [_Matrix(k, n, many, of_experts) for k, n in both for _ in range(layer.experts)]
     return matrices
+
+
+def _mixtures(prepared: Prepared) -> list[ExpertLayer]:
+    return [layer for layer in prepared.others if isinstance(layer, ExpertLayer)]
 
 
 def _solving(matrices: Sequence[_Matrix], samples: int | None, context: RunContext) -> float:

@@ -546,5 +546,16 @@ def test_layers_behind_experts_see_them_quantized_under_every_effort(tmp_path: P
     np.testing.assert_array_equal(codes[0], codes[1])  # run as a whole, and in parts
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 8, "block_size": None, "bias": "none"}, {"bits": 3, "symmetric": True}])
+def test_forecasts_count_experts(options: dict[str, Any]) -> None:
+    proto = experts(form_of("swiglu"))
+    data = None if options else batches(4)
+    forecast = magr_onnx.forecast(proto, data, **options)
+    report = magr_onnx.optimize(proto, data, progress=False, **options).report
+    assert forecast.bytes_after == pytest.approx(report.bytes_after, rel=0.02)
+    assert forecast.seconds["quantize"] > 0
+    assert any("passes over the data that gather their tokens" in note for note in forecast.notes) == (data is not None)
+
+
 def test_every_activation_is_tested() -> None:
     assert {form["activation"] for form in FORMS} == {*ACTIVATIONS}
