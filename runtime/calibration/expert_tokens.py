@@ -6,8 +6,8 @@ batches that have one for each of its elements.
 
 An expert that few tokens come to (fewer than `FEW`) also takes those that came nearest to it: in every batch its share of `FEW`, by the
 score that they lack, with a weight of `JOINING`. They are inputs of the same layer, and mostly more like its own than what is assumed
-without data: 1.1 dB better for experts of which calibration data has up to five tokens each, on inputs of one kind, and between -0.1 and
-+0.3 dB where every expert has a kind of its own (random experts, 4 bits).
+without data: with up to three tokens of its own, an expert is 2 to 3 dB better for it on inputs of one kind, and 0.6 to 0.9 dB where every
+expert has a kind of its own (``tests/benchmarks/experts.py``: random experts, 4 bits).
 """
 
 from __future__ import annotations
