@@ -11,12 +11,14 @@ import pytest
 from onnx import numpy_helper
 
 import magr_onnx
+from magr_onnx.core import backends, threads
 from magr_onnx.errors import OptionError
 from magr_onnx.models import bundled
 from tests.graphs import chain, deep
 from tests.helpers import few_samples
 from tests.workflow.test_experts import batches, experts, form_of
 
+FACTORIES = ("arange", "as_tensor", "asarray", "empty", "eye", "full", "ones", "tensor", "zeros")
 needs_torch = pytest.mark.usefixtures("array_api")
 
 
@@ -83,6 +85,43 @@ def test_the_file_is_as_good_as_numpys(options: dict[str, Any], same: float, tmp
     assert codes["cpu"]
     equal = [np.mean(array == codes["torch-cpu"][name]) for name, array in codes["cpu"].items()]
     assert np.mean(equal) > same
+
+
+@needs_torch
+@pytest.mark.parametrize("options", [{}, {"effort": "fast", "block_size": "channel"}, {"format": "qdq-int8"}, {"low_rank": 4}])
+def test_nothing_of_numpy_meets_an_array_of_torch(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU that works, and on a GPU it fails; so does a new array that is not given a device."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    met: set[str] = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name, given = getattr(function, "__name__", str(function)), dict(kwargs or {})
+            values = [part for value in (*args, *given.values()) for part in (value if isinstance(value, tuple | list) else [value])]
+            foreign = [v for v in values if isinstance(v, np.ndarray | np.generic) and not isinstance(v, np.integer)]
+            if name == "__array__" or (foreign and name != "from_numpy"):
+                met.add(name)
+            if (
+                name in ("arange", "as_tensor", "asarray", "empty", "eye", "full", "ones", "tensor", "zeros")
+                and given.get("device") is None
+            ):
+                met.add(f"{name} without a device")
+            calls.append(name)
+            return function(*args, **given)
+
+    monkeypatch.setattr(threads, "count", lambda: 1)  # a mode is of one thread
+    backends.find("torch-cpu")
+    calls: list[str] = []
+    data = [{"x": np.random.default_rng(i).standard_normal((16, 32), np.float32)} for i in range(8)]
+    with Watch():
+        torch.ones(1, device="cpu") + np.float64(1)
+        assert met == {"add"}  # it sees what it is to see
+        met.clear()
+        magr_onnx.optimize(deep(2), data, device="torch-cpu", progress=None, **options)
+    assert not met
+    assert len(calls) > 1000
 
 
 @needs_torch
