@@ -34,7 +34,7 @@ def codes_of(path: Path) -> dict[str, Any]:
 
 
 @needs_torch
-@pytest.mark.parametrize("options", [{}, {"effort": "fast", "block_size": "channel", "bits": 3}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"effort": "fast", "block_size": "channel", "bits": 3}, marks=pytest.mark.slow)])
 def test_layers_of_the_file_are_as_good_as_numpys(options: dict[str, Any], tmp_path: Path) -> None:
     """By the weights that stand in the file, and by the errors that the report has."""
     model, rng = deep(), np.random.default_rng(0)
@@ -51,6 +51,7 @@ def test_layers_of_the_file_are_as_good_as_numpys(options: dict[str, Any], tmp_p
 
 
 @needs_torch
+@pytest.mark.slow
 def test_experts_are_as_good_as_numpys() -> None:
     errors = []
     for device in ("cpu", "torch-cpu"):
@@ -88,7 +89,9 @@ def test_the_file_is_as_good_as_numpys(options: dict[str, Any], same: float, tmp
 
 
 @needs_torch
-@pytest.mark.parametrize("options", [{}, {"effort": "fast", "block_size": "channel"}, {"format": "qdq-int8"}, {"low_rank": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({"format": "qdq-int8"}, {"low_rank": 4, "beta": 1.0}))]
+)
 def test_nothing_of_numpy_meets_an_array_of_torch(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU that works, and on a GPU it fails; so does a new array that is not given a device."""
     import torch
@@ -103,10 +106,7 @@ def test_nothing_of_numpy_meets_an_array_of_torch(options: dict[str, Any], monke
             foreign = [v for v in values if isinstance(v, np.ndarray | np.generic) and not isinstance(v, np.integer)]
             if name == "__array__" or (foreign and name != "from_numpy"):
                 met.add(name)
-            if (
-                name in ("arange", "as_tensor", "asarray", "empty", "eye", "full", "ones", "tensor", "zeros")
-                and given.get("device") is None
-            ):
+            if name in FACTORIES and given.get("device") is None:
                 met.add(f"{name} without a device")
             calls.append(name)
             return function(*args, **given)
