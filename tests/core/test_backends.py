@@ -42,6 +42,7 @@ def on(backend: Any, stats: LayerStats) -> LayerStats:
 @pytest.mark.parametrize("name", [name for name, quantizer in QUANTIZERS.items() if quantizer.on_device])
 def test_quantizers_find_what_they_find_in_numpy(name: str, spec: WeightSpec, device: Any) -> None:
     weights, stats = layer(K, N)[0], stats_of()
+    before = weights.copy(), stats.gram.copy()
     here, there = (QUANTIZERS[name].run(Problem(weights, weights, on(b, stats), True, spec), Options()) for b in (HOST, device))
     errors = [linalg.layer_error(s.weight.dequantize().astype(np.float64) - weights, stats.objective_gram(True)) for s in (here, there)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
@@ -49,6 +50,8 @@ def test_quantizers_find_what_they_find_in_numpy(name: str, spec: WeightSpec, de
     assert there.weight.codes.dtype == np.uint8
     assert all(isinstance(array, np.ndarray) for array in (there.weight.codes, there.weight.scales, there.weight.zero_points))
     assert there.figures.keys() == here.figures.keys()
+    np.testing.assert_array_equal(weights, before[0])  # torch on the CPU shares arrays with NumPy
+    np.testing.assert_array_equal(stats.gram, before[1])
 
 
 @pytest.mark.parametrize("k", [K, K + 7])
