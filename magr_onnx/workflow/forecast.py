@@ -36,6 +36,7 @@ from magr_onnx.runtime.calibration.fisher import MAX_OUTPUTS
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Source, run_batches
 from magr_onnx.runtime.measure.layer_errors import some_for
+from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import arithmetic, experts, growth, size_model, tied_tables
 from magr_onnx.workflow.context import RunContext
@@ -152,6 +153,7 @@ def measure(request: OptimizeRequest) -> Forecast:
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads.single_threaded_blas())
         prepared, context = prepare(replace(request, resume=None, workers=None), stack)
+        worker.wait()
         rate, rows = product_rate(), _rows(prepared, context)
         passes = _Passes.timed(prepared, rows, rate, context)
         products = {layer.name: rows.get(layer.reads, 0) * layer.k * layer.n for layer in prepared.layers}
@@ -262,7 +264,7 @@ class _Passes:
         with Session(prepared.reference, context.provider) as session:
             first = next(iter(data))
             session.run(first)
-            batch = min(_seconds(partial(session.run, first)) for _ in range(2))
+            batch = min(_seconds(partial(session.run, first)) for _ in range(3))  # the first allocates
         few_batches = some_for(prepared.model, data)
         return _Passes(batch, 2 * len(few_batches) * batch + CHECK_SECONDS + CHECK_PASSES * batch)
 

@@ -48,6 +48,10 @@ class _Worker:
         with self._lock:
             self._running()
 
+    @property
+    def started(self) -> bool:
+        return self._process is not None
+
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         with self._lock:
             process = self._running()
@@ -126,6 +130,17 @@ def run_in_worker(function: Callable[..., Any], size: int = 0, seconds: float = 
 def start() -> None:
     """Start the worker ahead of the first request, if it is not running."""
     _worker().start()
+
+
+def wait() -> None:
+    """Wait for the worker, if it was started: importing onnxruntime takes a processor for a second or two, which disturbs what is timed."""
+    if _worker().started:
+        with contextlib.suppress(WorkerCrashed):  # then there is nothing to wait for
+            run_in_worker(_nothing)
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -95,3 +95,15 @@ def test_made_up_inputs_that_never_end_are_a_note(tmp_path: Path, monkeypatch: p
     report = magr_onnx.optimize(saved(proto, tmp_path), output=tmp_path / "q.onnx", format="qdq", bits=4).report
     assert any("did not finish within 1 s" in note for note in report.notes)
     assert worker.run_in_worker(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process
+
+
+def test_waiting_is_for_a_worker_that_was_started() -> None:
+    worker._worker().close()
+    worker.wait()
+    assert not worker._worker().started
+    worker.start()
+    process = worker._worker()._process
+    worker.wait()
+    assert worker._worker()._process is process
+    assert process is not None
+    assert process.poll() is None
