@@ -50,8 +50,8 @@ MOST_INPUTS = 2048
 MANY_ROWS = 2
 """Times as many rows as inputs, which are as good as more: solvers see the Gram matrix alone."""
 
-FEW_COLUMNS, MANY_COLUMNS = 128, 512
-"""Output channels of the two problems of a number of inputs."""
+FEW_COLUMNS, MANY_COLUMNS = 512, 4096
+"""Output channels of the two problems of a number of inputs: trials take a sample of fewer, and threads share all of them."""
 
 PRODUCT = 1024
 """Size of the product that the rate of multiplication is measured with."""
