@@ -298,8 +298,7 @@ class LayerStats:
         """Pickle without what was computed; the matrix of data-free statistics is made again, since a copy is no view."""
         if self.is_data_free:
             return _data_free, (len(self.mean), self.activation, self.common_mean, self.taps)
-        facts = (self.gram, self.mean, self.rows, self.float_mean, self.activation, self.folds, self.common_mean, self.taps)
-        return LayerStats, facts
+        return LayerStats, (self.gram, self.mean, self.rows, self.float_mean, self.activation, self.folds, self.common_mean, self.taps)
 
     @staticmethod
     def data_free(k: int, common_mean: float = COMMON_MEAN, taps: int = 1) -> LayerStats:

@@ -28,10 +28,10 @@ from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import FLOATS, by_weight, split_shared
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.reasons import ExpertReason
-from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.expert_tokens import FEW, Stats, Tokens, staged_tokens
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.workflow.calibrate import calibration_of
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
@@ -126,7 +126,8 @@ def _tokens(model: ir.Model, layers: Sequence[ExpertLayer], data: Batches, conte
         return iter(())
     routers = set(routers_of(model))
     cuts = [layer for layer in linear.find(model)[0] if not layer.nested and layer.node not in routers] if context.memory.large else []
-    calibration = CalibrationContext(data, context.mask, context.provider, backend=context.backend)
+    calibration = calibration_of(data, context)
+    assert calibration is not None
     return staged_tokens(model, mixtures, cuts, calibration, context.memory.cache, context.stage("calibrating experts"))
 
 
@@ -214,7 +215,7 @@ def packed_bytes(plan: Plan, layer: ExpertLayer, calibrated: bool) -> int:
     block, bits = stored_block(spec, [layer.k, layer.units]), container_bits(spec.bits)
     biased = calibrated and plan.bias_policy == "any"
     total, real = 0, np.dtype(FLOATS[layer.dtype]).itemsize
-    for k, n in ((layer.k, layer.n - layer.units), (layer.units, layer.k)):
+    for k, n in layer.shapes:
         blocks = k // (block or k)
         zeros = 0 if spec.symmetric else -(-blocks * bits // 8)
         total += layer.experts * n * (k * bits // 8 + blocks * real + zeros + real * biased)

@@ -312,8 +312,7 @@ def _matrices(prepared: Prepared, rows: Mapping[str, int]) -> list[_Matrix]:
         matrices += [_Matrix(layer.k, layer.n, many, of_conv) for layer in convolutions]
     for layer in _mixtures(prepared):
         of_experts, many = plan.for_experts(experts.block_of(plan, layer)), max(rows.values(), default=0) * layer.form.k // layer.experts
-        both = ((layer.k, layer.n - layer.units), (layer.units, layer.k))
-        matrices += [_Matrix(k, n, many, of_experts) for k, n in both for _ in range(layer.experts)]
+        matrices += [_Matrix(k, n, many, of_experts) for k, n in layer.shapes for _ in range(layer.experts)]
     return matrices
 
 

@@ -98,6 +98,11 @@ class ExpertLayer(WeightedNode):
         return self.weight.shape[1] + self.units
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of the matrices of both layers of an expert, ``(H, F)`` and ``(I, H)``."""
+        return (self.k, self.weight.shape[1]), (self.units, self.k)
+
+    @property
     def weight_key(self) -> Hashable:
         biases = tuple(None if view is None else view.key for view in self.biases)
         return (*self.weight.key, *self.second.key, *biases, self.form)

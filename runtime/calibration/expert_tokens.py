@@ -12,7 +12,7 @@ expert has a kind of its own (``tests/benchmarks/experts.py``: random experts, 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,12 +116,27 @@ class Tokens:
 
     def moments(self, experts: Sequence[int], counts: npt.NDArray[np.intp]) -> list[Stats]:
         """Return the second moments of what both layers of some ``experts`` read; ``counts (E,)`` are the tokens that go to each."""
-        hold_out, first = HoldOut.of(self.data.samples), self.layer.stacks()[0]
-        sums = partial(MomentAccumulator, backend=self.backend)
-        found = [_Expert.start(self.layer, number, to_matrix(first[number]), hold_out, sums, counts[number] < FEW) for number in experts]
+        first, biases = self.layer.stacks()[0], self.layer.read_biases()[0]
+        found = [
+            _Expert(
+                self.layer,
+                number,
+                to_matrix(first[number]),
+                None if biases is None else biases[number].astype(np.float32),
+                bool(counts[number] < FEW),
+                self._sums(),
+            )
+            for number in experts
+        ]
         for batch in self._batches():
             threads.each(partial(_Expert.take, batch=batch), found)
         return [expert.stats() for expert in found]
+
+    def _sums(self) -> tuple[Parts[MomentAccumulator], Parts[MomentAccumulator]]:
+        """Start the sums of what both layers of an expert read."""
+        hold_out, sums = HoldOut.of(self.data.samples), partial(MomentAccumulator, backend=self.backend)
+        first, second = (Parts(hold_out, width, partial(sums, width, few=width >= LEAST_WIDTH)) for width, _ in self.layer.shapes)
+        return first, second
 
     def _batches(self) -> Iterator[_Batch]:
         """Yield what was read in every batch."""
@@ -178,16 +193,6 @@ class _Expert:
     bias: Array | None
     joined: bool
     sums: tuple[Parts[MomentAccumulator], Parts[MomentAccumulator]]
-
-    @staticmethod
-    def start(
-        layer: ExpertLayer, number: int, weight: Array, hold_out: HoldOut, sums: Callable[..., MomentAccumulator], joined: bool
-    ) -> _Expert:
-        """Start with no tokens."""
-        bias = layer.read_biases()[0]
-        first, second = (Parts(hold_out, width, partial(sums, width, few=width >= LEAST_WIDTH)) for width in (layer.k, layer.units))
-        of_expert = None if bias is None else bias[number].astype(np.float32)
-        return _Expert(layer, number, weight, of_expert, joined, (first, second))
 
     def take(self, batch: _Batch) -> None:
         """Add the tokens of a batch that go to the expert and, where they are few, those that come nearest."""

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import header, progress, table, write_json
+from common import header, interleaved, progress, table, write_json
 
 from magr_onnx.core import backends, magr
 from magr_onnx.core.backends import Backend
@@ -44,13 +43,12 @@ def problem(k: int, n: int) -> tuple[Array, Array]:
 
 def seconds(b: Backend, work: Callable[[], Any], repeats: int) -> float:
     """The median time of some work, after a run that loads what it needs."""
-    taken = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+
+    def finished() -> None:
         work()
         b.wait()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+
+    return statistics.median(interleaved([finished], repeats)[0])
 
 
 def measure(k: int, n: int, b: Backend, repeats: int) -> dict[str, Any]:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from common import interleaved
 
 import magr_onnx
 from magr_onnx.models.zoo.trap import model
@@ -118,16 +120,10 @@ def times() -> Iterator[tuple[str, float]]:
             magr_onnx.optimize(paths["float"], output=path, progress=False, **options)
         for rows in (1, 256):
             x = {"x": rng.standard_normal((rows, width)).astype(np.float32)}
-            taken = {}
-            for name, path in paths.items():
-                with Session(path, threads=1) as session:
-                    session.run(x)
-                    single = []
-                    for _ in range(30 if rows == 1 else 5):
-                        begun = time.perf_counter()
-                        session.run(x)
-                        single.append(time.perf_counter() - begun)
-                taken[name] = statistics.median(single)
+            with contextlib.ExitStack() as stack:
+                sessions = [stack.enter_context(Session(path, threads=1)) for path in paths.values()]
+                every = interleaved([partial(session.run, x) for session in sessions], 30 if rows == 1 else 5)
+            taken = dict(zip(paths, map(statistics.median, every), strict=True))
             yield from ((f"{rows} tokens, {name}", taken[name] / taken["float"]) for name in taken)
 
 

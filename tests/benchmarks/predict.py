@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,23 @@ def forecast(model: Path, data: Path, options: str) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def removed(model: Path) -> Iterator[Path]:
+    """Remove a model and its data files at the end."""
+    try:
+        yield model
+    finally:
+        for path in model.parent.glob(f"{model.name}*"):
+            path.unlink()
+
+
 def shapes(given: argparse.Namespace) -> None:
     rows: list[list[Cell]] = []
     for name in given.shape:
         layers, hidden, ffn, heads = SHAPES[name]
         model = build(given.folder, layers, hidden, ffn, heads, holes=True)
         data = calibration(given.folder, given.batches, given.length, hidden)
-        with contextlib.suppress(subprocess.CalledProcessError):
+        with removed(model), contextlib.suppress(subprocess.CalledProcessError):  # it has said why
             begin = time.perf_counter()
             found = forecast(model, data, f"--batch-size 1 {given.options}")
             seconds, rate = found["seconds"], 1e9 * found["gigaflops"]
@@ -72,8 +83,6 @@ def shapes(given: argparse.Namespace) -> None:
                 ]
             )
             progress(f"{rows[-1]}")
-        for path in given.folder.glob(f"{model.name}*"):
-            path.unlink()
     columns = [
         "model",
         "10^9 weights",
@@ -95,15 +104,16 @@ def check(given: argparse.Namespace) -> None:
     for options in given.options or [""]:
         found = forecast(given.model, given.calibration, options)
         before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        output = given.folder / "out.onnx"
-        text = magr(
-            *("optimize", str(given.model), "--calibration", str(given.calibration), "-o", str(output), "--quiet", "--json"),
-            *shlex.split(options),
-        )
-        whole, seconds = time.perf_counter() - begin, sum(json.loads(text)["seconds"].values())
+        with removed(given.folder / "out.onnx") as output:
+            text = magr(
+                *("optimize", str(given.model), "--calibration", str(given.calibration), "-o", str(output), "--quiet", "--json"),
+                *shlex.split(options),
+            )
+            whole = time.perf_counter() - begin
+            size = sum(path.stat().st_size for path in given.folder.glob("out.onnx*"))
+        seconds = sum(json.loads(text)["seconds"].values())
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         expected = sum(found["seconds"].values())
-        size = sum(path.stat().st_size for path in given.folder.glob("out.onnx*"))
         rows.append(
             [
                 options or "default",
@@ -119,8 +129,6 @@ def check(given: argparse.Namespace) -> None:
             ]
         )
         progress(f"{rows[-1]}")
-        for path in given.folder.glob("out.onnx*"):
-            path.unlink()
     columns = [
         "options",
         "forecast s",
