@@ -121,6 +121,10 @@ class Options(TypedDict, total=False):
         help="Quantize in stages, each layer towards the float output from its quantized inputs.",
         default_text="for convolutions yes, for layers as the effort says; no where a quantizer is named", panel=FINE,
         flags=("--feedback/--no-feedback",), whole_run="stages are those of the whole model")]
+    output_hessian: Annotated[Literal["none", "two-sided", "adaptive"] | None, OptionSpec(
+        help="What gradients of the model's outputs are for: two-sided lets errors of a layer's outputs cancel; adaptive weighs its inputs "
+        "by them; none. For efforts balanced and best, with data.", default_text="two-sided with effort best, else none", panel=FINE,
+        metavar="NAME", whole_run="gradients are those of the whole model")]
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
     rotate: Annotated[Literal["none", "on", "auto"], OptionSpec(

@@ -47,7 +47,7 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
     plan = passes.Plan(
         rewrites=tuple(_rewrites(options)),
         error_feedback=passes.ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
-        output_hessian=passes.OutputHessian() if named is None and effort == "best" else None,
+        output_hessian=_output_hessian(options, "two-sided" if named is None and effort == "best" else "none"),
         magr=_magr(quantize, options.get("alpha")),
         activations=_activations(form, options),
         quantize=quantize,
@@ -58,6 +58,9 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
         recurrent=None if (recurrent := options.get("recurrent", "none")) == "none" else passes.Recurrent(recurrent),  # type: ignore[arg-type]
         embeddings=_embeddings(options),
     )
+    if options.get("output_hessian", "none") not in ("none", None) and not quantize.quantizer.chooses:
+        asked = options["output_hessian"]
+        problems.append(f"output_hessian={asked} is for efforts balanced and best, or quantizer auto, with calibration data")
     raise_all(OptionError, [*problems, *plan.problems(provider)])
     return plan
 
@@ -142,6 +145,12 @@ def _quantize(form: Format, options: Options, quantizer: str) -> passes.Quantize
         method_options={name: value for name in method_options() if (value := options.get(name)) is not None},
     )
     return replace(quantize, alpha=options.get("alpha")) if quantize.quantizer.chooses else quantize
+
+
+def _output_hessian(options: Options, usual: str) -> passes.OutputHessian | None:
+    """Make the stage of the gradients, of the kind asked for or the usual one."""
+    kind = options.get("output_hessian") or usual
+    return None if kind == "none" else passes.OutputHessian(kind)  # type: ignore[arg-type]
 
 
 def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:

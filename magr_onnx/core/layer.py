@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from magr_onnx.core import error_feedback
+from magr_onnx.core.adaptive_hessian import AdaptiveHessian
 from magr_onnx.core.gram import NOISE
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import error_of_inputs, transposed_product
@@ -50,6 +51,7 @@ class LayerProblem:
         output_grid: The static 8-bit grid of the layer's product, or None where it stays float.
         target_moments: Moments of the output the layer should have, where the layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of the gradients at the layer's outputs, or None.
+        adaptive_hessian: What stands in for the Gram matrix in the solvers, or None.
         input_noise: Squared error of the output that rounding the input alone causes, over the variance of the output.
         taps: Kernel taps of a convolution, whose rows are (channels, taps); 1 for others.
         depthwise: Whether the layer is a group of a convolution with one input and one output channel.
@@ -64,6 +66,7 @@ class LayerProblem:
     output_grid: ActivationGrid | None = None
     target_moments: TargetMoments | None = None
     output_hessian: Array | None = None
+    adaptive_hessian: AdaptiveHessian | None = None
     input_noise: float = 0.0
     taps: int = 1
     depthwise: bool = False

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -165,30 +166,36 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -
 def output_hessian(
     model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, context: RunContext, notes: list[str]
 ) -> contextlib.AbstractContextManager[fisher.Fisher | None]:
-    """Second moments of gradients at layer outputs, if the plan asks for them; what could not be had is noted."""
+    """Second moments of gradients, if the plan asks for them; what could not be had is noted."""
     if plan.output_hessian is None:
         return contextlib.nullcontext()
-    quantize = plan.resolved.quantize
+    quantize, adaptive = plan.resolved.quantize, plan.output_hessian.kind == "adaptive"
+    without_them = "the Gram matrix alone counts" if adaptive else "their outputs weigh the same"
     if data is None or quantize is None or not quantize.weighs_outputs:
         reason = "there is no calibration data" if data is None else "the quantizer takes none, or none under an accumulator"
-        notes.append(f"no gradients, all outputs weigh the same: {reason}")
+        notes.append(f"no gradients for any layer: {reason}; {without_them}")
         return contextlib.nullcontext()
     shared, outputs = sharing(layers), {value.name for value in model.graph.outputs}
-    inner = [layer for layer in layers if layer.output.name not in outputs]  # errors at the model's outputs weigh the same in any case
-    left_out = [layer for layer in inner if layer.nested or layer.name in shared or layer.n > fisher.MAX_OUTPUTS]
+    inner = [layer for layer in layers if adaptive or layer.output.name not in outputs]  # errors there weigh the same in any case
+    left_out = [layer for layer in inner if layer.nested or layer.name in shared or fisher.is_wide(layer, adaptive)]
     if left_out:
-        reasons = f"in the body of a node, of one weight with others, or wider than {fisher.MAX_OUTPUTS}"
-        notes.append(f"no gradients for {listed([layer.name for layer in left_out])}: {reasons}; their outputs weigh the same")
-    main = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
+        reasons = f"in the body of a node, of one weight with others, or wider than {fisher.MAX_WIDTH}"
+        notes.append(f"no gradients for {listed([layer.name for layer in left_out])}: {reasons}; {without_them}")
+    taken = [layer for layer in inner if layer not in left_out]
+    where: dict[str, Any] = {"provider": context.provider, "progress": context.stage("differentiating")}
     try:
-        hessians = fisher.collect(model, main, data, provider=context.provider, progress=context.stage("differentiating"))
+        if adaptive:
+            hessians = fisher.collect_adaptive(model, taken, data, plan.output_hessian.share, **where)
+        else:
+            hessians = fisher.collect(model, taken, data, **where)
     except RuntimeFailure as error:  # the model itself runs: this is about the gradients
-        notes.append(f"no gradients, all outputs weigh the same: {str(error).splitlines()[0]}")
+        notes.append(f"no gradients for any layer: {str(error).splitlines()[0]}; {without_them}")
         return contextlib.nullcontext()
-    without = sum(hessians.moments(str(layer.output.name)) is None for layer in inner if layer not in left_out)
-    if hessians.blocked and without:
+    missing = sum(hessians.moments(str(layer.output.name)) is None for layer in taken)
+    if missing:
         blocked = ", ".join(sorted(hessians.blocked))
-        notes.append(f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same")
+        reason = f"{blocked} cannot be differentiated" if blocked else "they change no output"
+        notes.append(f"no gradients for {missing} layers: {reason}; {without_them}")
     return hessians
 
 
@@ -204,12 +211,12 @@ def completing(
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
         data_free = measured and problem.stats.is_data_free
         moments = result.targets.get(layer.name)
-        return replace(
+        completed = replace(
             activation_ranges.with_grids(problem, layer, {} if calibration is None else calibration.grids),
             weight=moments.cross.right if moments is not None and isinstance(moments.cross, Product) else problem.weight,  # one copy
             target_moments=moments,
-            output_hessian=None if hessian is None else hessian.moments(str(layer.output.name)),
             notes=(f"data-free: {source.missing_reason(layer) or subgraphs.NEVER}",) if data_free else (),
         )
+        return completed if hessian is None else hessian.completed(completed, str(layer.output.name))
 
     return complete

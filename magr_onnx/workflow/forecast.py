@@ -20,6 +20,7 @@ import numpy as np
 from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit, in_order
 from magr_onnx.config.invocation import Invocation, python_call
 from magr_onnx.core import threads
+from magr_onnx.core.adaptive_hessian import AdaptiveHessian
 from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import Array, few
 from magr_onnx.core.layer import LayerProblem
@@ -32,7 +33,7 @@ from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.report.data import megabytes
-from magr_onnx.runtime.calibration.fisher import MAX_OUTPUTS
+from magr_onnx.runtime.calibration.fisher import MAX_WIDTH
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Source, run_batches
 from magr_onnx.runtime.measure.layer_errors import some_for
@@ -344,8 +345,11 @@ def _solve_seconds(plan: Plan, stats: LayerStats, n: int) -> float:
     """Time the second of two solves: compiled loops, and what many layers share, are made in the first."""
     weight = 0.02 * np.random.default_rng(n).standard_normal((len(stats.mean), n), np.float32)
     activation = ActivationGrid.of_range(-4.0, 4.0) if plan.activations is not None else None
-    hessian = np.eye(n) if plan.output_hessian is not None and n <= MAX_OUTPUTS else None
-    problem = LayerProblem(weight, None, stats, activation=activation, output_hessian=hessian)
+    problem = LayerProblem(weight, None, stats, activation=activation)
+    if plan.output_hessian is not None and plan.output_hessian.kind == "adaptive":
+        problem = replace(problem, adaptive_hessian=AdaptiveHessian(np.eye(len(weight) + 1), plan.output_hessian.share))
+    elif plan.output_hessian is not None and n <= MAX_WIDTH:
+        problem = replace(problem, output_hessian=np.eye(n))
     plan.solve(problem)
     return _seconds(lambda: plan.solve(problem))
 

@@ -7,8 +7,9 @@ gradient for every input (None where there is none), under ``@rule("Operator")``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -262,6 +263,20 @@ def _reduce(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     return [b.op("Expand", g, b.op("Shape", x))]
 
 
+class Gradients(NamedTuple):
+    """A copy of a model whose outputs are sums of products of gradients.
+
+    Attributes:
+        model: The copy.
+        values: The values of its outputs, in order.
+        blocked: Operators that cannot be differentiated.
+    """
+
+    model: ir.Model
+    values: list[str]
+    blocked: set[str]
+
+
 def shaped_values(model: ir.Model) -> list[str]:
     """Return the names of the values whose shapes rules may need, and of the outputs; other values may not be tensors."""
     operands = {str(v.name): None for node in model.graph if node.op_type in RULES for v in (*node.inputs, *node.outputs) if v is not None}
@@ -269,29 +284,28 @@ def shaped_values(model: ir.Model) -> list[str]:
     return [name for name in (operands | {str(v.name): None for v in model.graph.outputs}) if name in defined]
 
 
-def fisher_taps(
-    model: ir.Model, values: Mapping[str, int], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
-) -> tuple[ir.Model, list[str], set[str]]:
-    """Copy the model to output ``G^T G (N, N)`` of every differentiable value ``y (..., N)``, with random gradients ``G``.
+def fisher_gradients(
+    copy: Extension, values: Iterable[str], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
+) -> tuple[Backward, dict[str, ir.Value]]:
+    """Add random gradients of the outputs at ``values`` to a copy of a model.
 
     The gradients are of ``sum <seed, output>``, with seeds such that their second moments are the Fisher information of the outputs: of
     covariance ``diag(p) - p p^T`` for logits (``E g g^T`` is then the Hessian of the Kullback-Leibler divergence from the float model),
     uncorrelated for all others (the Gauss-Newton matrix of the squared error, every output relative to its own power).
 
     Args:
-        model: The model.
-        values: Values to differentiate by, and their widths N.
+        copy: The copy.
+        values: Values to differentiate by.
         shapes: Shapes of `shaped_values` on one batch.
         logits: Whether an output of a given name and rank is logits.
 
     Returns:
-        The copy, the values of its outputs in order, and operators that cannot be differentiated.
+        What knows the operators that cannot be differentiated, and the gradients that exist, by value.
     """
-    copy = Extension(model)
     backward = Backward(copy, shapes)
     seeds = {}
-    cache = set(pairs_of(model).values())  # not a model result, and on the path of every layer
-    for i, value in enumerate(model.graph.outputs):
+    cache = set(pairs_of(copy.model).values())  # not a model result, and on the path of every layer
+    for i, value in enumerate(list(copy.model.graph.outputs)):
         name = str(value.name)
         if name in cache or value.dtype not in FLOATS or name not in shapes or not shapes[name]:
             continue
@@ -307,8 +321,63 @@ def fisher_taps(
         else:
             seed = backward.op("Div", noise, backward.op("Sqrt", backward.op("ReduceSumSquare", out, keepdims=0)))
         seeds[name] = backward.op("Cast", seed, to=value.dtype) if is_cast else seed
-    gradients = backward.run(seeds, values)
+    return backward, backward.run(seeds, values)
+
+
+def fisher_taps(
+    model: ir.Model, values: Mapping[str, int], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
+) -> Gradients:
+    """Copy the model to output ``G^T G (N, N)`` of every differentiable value ``y (..., N)``, with random gradients ``G``.
+
+    Args:
+        model: The model.
+        values: Values to differentiate by, and their widths N.
+        shapes: See `fisher_gradients`.
+        logits: See `fisher_gradients`.
+    """
+    copy = Extension(model)
+    backward, gradients = fisher_gradients(copy, values, shapes, logits)
     for i, (name, gradient) in enumerate(gradients.items()):
         rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, values[name]]))
         copy.output(copy.add("Gemm", [rows, rows], f"__fisher_{i}", transA=1), shape=[values[name]] * 2)
-    return copy.finish(), list(gradients), backward.blocked
+    return Gradients(copy.finish(), list(gradients), backward.blocked)
+
+
+def adaptive_taps(
+    model: ir.Model,
+    layers: Mapping[str, tuple[str, int, int]],
+    shapes: Mapping[str, Sequence[int]],
+    logits: Callable[[str, int], bool],
+    batch: tuple[str, int],
+) -> Gradients:
+    """Copy the model to output ``sum_s G_s G_s^T (K+1, K+1)`` of every layer with a gradient, ``G_s = [X_s 1]^T Delta_s`` of one sample.
+
+    ``G_s (K+1, N)`` itself is never made: the sum is ``X'^T A X'`` with ``A = Delta Delta^T (T, T)`` of every sample.
+
+    Args:
+        model: The model.
+        layers: By name of the output, the value that a layer reads, K and N.
+        shapes: See `fisher_gradients`.
+        logits: See `fisher_gradients`.
+        batch: An input whose first axis is that of samples, and its length on the batch of ``shapes``. A value whose first axis is no
+            multiple of it is taken for that of one sample.
+    """
+    copy = Extension(model, opset=13)
+    backward, gradients = fisher_gradients(copy, layers, shapes, logits)
+    op, integers = backward.op, backward.integers
+    of_batch = op("Slice", op("Shape", copy.values[batch[0]]), integers([0]), integers([1]))
+    padding, one = integers([0, 0, 0, 0, 0, 1]), backward.number(1, None)
+
+    for i, (name, gradient) in enumerate(gradients.items()):
+        reads, k, n = layers[name]
+        samples = integers([1]) if shapes[reads][0] % batch[1] else of_batch
+
+        def by_sample(value: ir.Value, width: int, samples: ir.Value = samples) -> ir.Value:
+            return op("Reshape", op("Cast", value, to=ir.DataType.FLOAT), op("Concat", samples, integers([-1, width]), axis=0))
+
+        delta = by_sample(gradient, n)
+        x = op("Pad", by_sample(copy.values[reads], k), padding, one)
+        weighted = op("MatMul", op("MatMul", delta, op("Transpose", delta, perm=[0, 2, 1])), x)
+        rows = [op("Reshape", value, integers([-1, k + 1])) for value in (x, weighted)]
+        copy.output(copy.add("Gemm", rows, f"__adaptive_{i}", transA=1), shape=[k + 1] * 2)
+    return Gradients(copy.finish(), list(gradients), backward.blocked)

@@ -211,8 +211,19 @@ class Quantize(LayerPass):
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         centred, record = problem.centred(self.bias), solution.record
         spec, budget, fits = self.spec(problem.float_type), self.budget_of(problem), solution.fit_targets
-        moments, hessian = problem.target_moments, problem.output_hessian
-        task = Problem(solution.weight, solution.target, problem.stats, centred, spec, budget, problem.weight, fits, moments, hessian)
+        task = Problem(
+            solution.weight,
+            solution.target,
+            problem.stats,
+            centred,
+            spec,
+            budget,
+            problem.weight,
+            fits,
+            problem.target_moments,
+            problem.output_hessian,
+            problem.adaptive_hessian,
+        )
         declared = {option.name: option.default for option in self.quantizer.options} | dict(self.method_options)
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha, declared)
         result = cross_validation.run(QUANTIZERS[self.method], task, options)

@@ -69,7 +69,8 @@ class SharedWeight:
                 solution = replace(solution, record=solution.record.noting(note))
             if first:
                 count = len(solution.record.notes)
-                solution = stage.solve(replace(problem, stats=self.stats(policy), target_moments=None, output_hessian=None), solution)
+                pooled_problem = replace(problem, stats=self.stats(policy), target_moments=None, output_hessian=None, adaptive_hessian=None)
+                solution = stage.solve(pooled_problem, solution)
                 self._solved, self._notes = solution, (*self._notes, *solution.record.notes[count:])
             elif before:
                 solution = self._taken_over(solution)

@@ -26,6 +26,7 @@ from magr_onnx.models import bundled
 from magr_onnx.runtime.ort.session import Session
 
 FORMATS = ("matmulnbits:8", "matmulnbits:4", "matmulnbits:3", "matmulnbits:2", "qdq:4", "qdq-int8:8", "dynamic-int8:8")
+OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "adaptive": {"output_hessian": "adaptive"}}
 BATCH = 256
 
 
@@ -69,7 +70,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["lm", *KINDS], choices=["lm", *KINDS])
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 16, 64, 256], help="0 for none")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="format:bits")
-    parser.add_argument("--efforts", nargs="+", default=["default"], help="fast, balanced, best, or default: of the format")
+    parser.add_argument(
+        "--efforts",
+        nargs="+",
+        default=["default"],
+        help="fast, balanced, best, adaptive (balanced, with --output-hessian adaptive), or default: of the format",
+    )
     parser.add_argument("--cases", type=int, help="so many of all cases only, drawn at random")
     args = parser.parse_args()
     cases = list(itertools.product(args.models, args.formats, args.efforts, args.samples))
@@ -79,14 +85,14 @@ def main() -> None:
     for kind, text, effort, count in chosen:
         folder, (form, bits) = folder_of(kind, args.work), text.split(":")
         static = form == "qdq-int8"
-        needs_data = static or effort in ("balanced", "best")
+        needs_data = static or effort in ("balanced", "best", "adaptive")
         if count > available(folder) or (needs_data and not count):
             continue
         options: dict[str, Any] = {"format": form} if form.endswith("int8") else {"format": form, "bits": int(bits)}
         data, key = count or None, (kind, text, count if static else None)
         if key not in rounded:
             rounded[key] = sqnr(folder, key[2], quantizer="rtn", **options)
-        gain = sqnr(folder, data, **options, **({} if effort == "default" else {"effort": effort})) - rounded[key]
+        gain = sqnr(folder, data, **options, **OPTIONS.get(effort, {"effort": effort})) - rounded[key]
         gains.setdefault((kind, text, effort), {})[count] = gain
         progress(f"{kind} {text} {effort} {count}: {gain:+.2f} dB")
     worst = min((gain, f"{' '.join(key)}, {count} samples") for key, row in gains.items() for count, gain in row.items())

@@ -52,6 +52,11 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
     ({"feedback": False}, "quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
     ({"quantizer": "auto"}, "quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
     ({"effort": "best"}, "error-feedback,output-hessian,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
+    (
+        {"output_hessian": "adaptive"},
+        "error-feedback,output-hessian{kind=adaptive},quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits",
+    ),
+    ({"effort": "best", "output_hessian": "none"}, DEFAULTS["matmulnbits"]),
     ({"alpha": 0.0}, "error-feedback,quantize{method=auto,alpha=0},compensate-bias{bias=any},emit-matmulnbits"),
     (
         {"effort": "best", "format": "qdq-int8", "alpha": 2e-3, "bias": "none"},
@@ -273,6 +278,7 @@ NEW_OPTIONS = (
     "--accumulator-bits",
     "--accumulator-tile",
     "--low-rank",
+    "--output-hessian",
     "--rotate",
     "--equalize",
     "--split-outliers",

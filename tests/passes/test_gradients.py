@@ -11,7 +11,7 @@ import pytest
 
 from magr_onnx.models import bundled
 from magr_onnx.passes.instrument.backward import RULES, Backward
-from magr_onnx.passes.instrument.gradients import fisher_taps
+from magr_onnx.passes.instrument.gradients import adaptive_taps, fisher_gradients, fisher_taps
 from magr_onnx.passes.instrument.taps import Extension, shape_taps
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.ort.session import Session
@@ -428,3 +428,45 @@ def test_half_precision_without_types_between() -> None:
     found = moments(model, normal(100, 5, seed=2).astype(np.float16), False)
     assert np.isfinite(found).all()
     assert found.trace() > 0
+
+
+def mixer(samples_first: bool, dtype: Any = np.float32) -> tuple[ir.Model, list[str]]:
+    """Two layers with a softmax over the positions of a sample between them; its axis of samples is the first, or not."""
+    b = Builder()
+    x = b.input("x", ["batch", "length", 5], graphs.FLOAT if dtype == np.float32 else ir.DataType.FLOAT16)
+    if not samples_first:
+        x = b.node("Transpose", [x], "turned", perm=[1, 0, 2])
+    hidden = b.node("MatMul", [x, b.constant("w1", normal(5, 4).astype(dtype))], "first")
+    mixed = b.node("Mul", [hidden, b.node("Softmax", [hidden], axis=1 if samples_first else 0)])
+    total = b.node("ReduceSum", [mixed, b.constant("axis", np.array([1 if samples_first else 0]))], "total", keepdims=1)
+    logits = b.node("MatMul", [b.node("Add", [mixed, total], "sum"), b.constant("w2", normal(4, 6, seed=1).astype(dtype))], "second")
+    return b.model(logits, ["batch", "length", 6], "logits"), ["first_out", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("samples_first", "length", "dtype"), [(True, 7, np.float32), (True, 1, np.float32), (True, 7, np.float16), (False, 7, np.float32)]
+)
+def test_adaptive_taps_are_sums_over_samples(samples_first: bool, length: int, dtype: Any) -> None:
+    """Against the weight's gradient of every sample, made in NumPy of gradients with the same noise; of turned axes there is one sample."""
+    model, names = mixer(samples_first, dtype)
+    feeds = {"x": normal(3, length, 5, seed=2).astype(dtype)}
+    shapes = shapes_of(model, feeds)
+    copy = Extension(model)
+    _, found = fisher_gradients(copy, names, shapes, lambda name, rank: True)
+    read = {"first_out": ("x" if samples_first else "turned_out", 5, 4), "logits": ("sum_out", 4, 6)}
+    for i, (name, gradient) in enumerate(found.items()):
+        for j, value in enumerate((gradient, copy.values[read[name][0]])):
+            copy.output(copy.add("Cast", [value], f"out_{i}_{j}", to=graphs.FLOAT))
+    with Session(copy.finish()) as session:
+        arrays = [array.astype(np.float64) for array in session.run(feeds)]
+    taps = adaptive_taps(model, read, shapes, lambda name, rank: True, ("x", 3))
+    assert (taps.values, taps.blocked) == (names, set())
+    with Session(taps.model) as session:
+        moments = session.run(feeds)
+    for h, delta, x in zip(moments, arrays[::2], arrays[1::2], strict=True):
+        if not samples_first:
+            delta, x = (array.reshape(1, -1, array.shape[-1]) for array in (delta, x))
+        ones = np.concatenate([x, np.ones((*x.shape[:2], 1))], axis=2)
+        gradients = np.einsum("stk,stn->skn", ones, delta)
+        expected = np.einsum("skn,sln->kl", gradients, gradients)
+        np.testing.assert_allclose(h, expected, atol=(1e-5 if dtype == np.float32 else 1e-2) * float(np.abs(expected).max()))

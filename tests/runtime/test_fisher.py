@@ -79,6 +79,61 @@ def test_moments_are_positive_semidefinite_and_reproducible() -> None:
         assert moments.trace() > 0
 
 
+def adaptive(model: ir.Model, data: Batches, **options: Any) -> dict[str, Array]:
+    layers, _ = find(model)
+    with fisher.collect_adaptive(model, layers, data, 0.5, **options) as found:
+        assert not found.blocked
+        return {n: m for layer in layers if (m := found.moments(n := str(layer.output.name))) is not None}
+
+
+def test_adaptive_hessians_of_rows_weigh_them_by_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every row is a sample; the head's are known, since its gradients are those of the logits."""
+    monkeypatch.setattr(fisher, "MAX_BATCHES", 200)
+    model = tower(outputs=3)
+    found = adaptive(model, data_of(model, 200, 300))
+    assert {name: m.shape for name, m in found.items()} == {"first_out": (21, 21), "second_out": (17, 17), "logits": (25, 25)}
+    copy = model.clone()
+    copy.graph.outputs.append(next(node.outputs[0] for node in copy.graph if node.op_type == "Gelu"))
+    copy.graph.outputs[-1].shape = ir.Shape(["batch", 24])
+    expected = np.zeros((25, 25))
+    with Session(copy) as session:
+        for batch in data_of(model, 200, 300):
+            logits, hidden = (a.astype(np.float64) for a in session.run(batch))
+            p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            x = np.column_stack([hidden, np.ones(len(hidden))])
+            expected += (x * (1 - np.square(p).sum(axis=1))[:, None]).T @ x  # the trace of diag(p) - p p^T
+    scale = np.vdot(found["logits"], expected) / np.vdot(expected, expected)
+    np.testing.assert_allclose(found["logits"], scale * expected, atol=0.05 * scale * float(np.abs(expected).max()))
+    for moments in found.values():
+        np.testing.assert_allclose(moments, moments.T, atol=1e-5 * float(np.abs(moments).max()))
+        assert np.linalg.eigvalsh(moments)[0] > -1e-5 * moments.trace()
+
+
+def test_adaptive_hessians_in_groups_and_of_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tower()
+    data = data_of(model)
+    whole, parted = adaptive(model, data), adaptive(model, data, budget=1)
+    assert whole.keys() == parted.keys()
+    for name, moments in whole.items():
+        np.testing.assert_allclose(parted[name], moments, rtol=1e-4, atol=1e-5 * float(np.abs(moments).max()))
+    monkeypatch.setattr(fisher, "MAX_WIDTH", 20)
+    assert adaptive(model, data).keys() == {"first_out"}  # 24 outputs, and 24 inputs, are too many
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+def test_layers_are_solved_by_adaptive_hessians_as_far_as_gradients_reach(effort: Any) -> None:
+    model = tower("CumSum")
+    data = [graphs.feeds(model, 60, seed=s) for s in range(4)]
+    _, report = magr_onnx.optimize(model, data, effort=effort, output_hessian="adaptive", bits=3)
+    assert [row.solver is not None and "adaptive" in row.solver for row in report.layers] == [False, True, True]
+    assert not any("coupled" in (row.solver or {}) for row in report.layers)
+    notes = [note for note in report.notes if note.startswith("no gradients for 1 layers: ")]
+    assert len(notes) == 1
+    assert "CumSum cannot be differentiated; the Gram matrix alone counts" in notes[0]
+    plain = magr_onnx.optimize(model, data, effort="best", output_hessian="none", bits=3).report
+    assert not any({"adaptive", "coupled"} & (row.solver or {}).keys() for row in plain.layers)
+
+
 @pytest.mark.parametrize("budget", [1, 16 * 16 * 16 + 1])
 def test_groups_give_the_same_moments(budget: int) -> None:
     """One layer at a time, or all at once: the gradients are of the same noise."""
@@ -94,13 +149,13 @@ def test_groups_give_the_same_moments(budget: int) -> None:
 
 def test_wide_layers_and_later_batches_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tower()
-    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 16)
+    monkeypatch.setattr(fisher, "MAX_WIDTH", 16)
     monkeypatch.setattr(fisher, "MAX_BATCHES", 2)
     found, _ = collected(model, data_of(model))
     assert found.keys() == {"first_out"}
     few, _ = collected(model, data_of(model).limit(2))
     np.testing.assert_array_equal(found["first_out"], few["first_out"])
-    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 1)
+    monkeypatch.setattr(fisher, "MAX_WIDTH", 1)
     assert collected(model, data_of(model)) == ({}, set())
 
 
@@ -146,10 +201,11 @@ def test_values_that_are_no_tensors_are_passed_over() -> None:
     assert blocked == {"SequenceAt"}
 
 
+@pytest.mark.parametrize("kind", ["two-sided", "adaptive"])
 @pytest.mark.parametrize("case", ["data-free", "budget", "shared", "wide"])
-def test_gradients_that_are_not_used_are_noted(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_are_not_used_are_noted(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tower()
-    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 1 if case == "wide" else 8192)
+    monkeypatch.setattr(fisher, "MAX_WIDTH", 1 if case == "wide" else 8192)
     if case == "shared":
         b = Builder()
         w, hidden = b.constant("w", random(20, 20)), b.input("x", ["batch", 20])
@@ -158,6 +214,10 @@ def test_gradients_that_are_not_used_are_noted(case: str, monkeypatch: pytest.Mo
         model = b.model(hidden, ["batch", 20])
     data = [graphs.feeds(model, 60, seed=s) for s in range(4)]
     options: dict[str, Any] = {"format": "qdq-int8", "target": "x86-avx2"} if case == "budget" else {"feedback": False, "bits": 3}
-    report = magr_onnx.optimize(model, None if case == "data-free" else data, effort="best", **options).report
+    if case == "data-free":
+        options |= {"effort": "best"}
+    else:
+        options |= {"output_hessian": kind, "effort": "best"}
+    report = magr_onnx.optimize(model, None if case == "data-free" else data, **options).report
     assert sum(note.startswith("no gradients") for note in report.notes) == 1
-    assert not any("coupled" in (row.solver or {}) for row in report.layers)
+    assert not any({"coupled", "adaptive"} & (row.solver or {}).keys() for row in report.layers)

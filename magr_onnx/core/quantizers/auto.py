@@ -6,7 +6,8 @@ other, each from the best so far. Without MagR and with it are columns of one so
 larger damping only where a smaller one is no better.
 All channels are then solved from all rows with the chosen options: MagR, GPTQ, coordinate descent with scale refits, and grid refits
 (scale and zero point) in between; a step that raises its error is rejected. With second moments of gradients,
-`magr_onnx.core.quantizers.two_sided` solves the layer instead, with the same options.
+`magr_onnx.core.quantizers.two_sided` solves the layer instead, with the same options. An output-adaptive Hessian
+(`magr_onnx.core.adaptive_hessian`) stands in for the Gram matrix in the last solve: options are chosen by the layer error either way.
 
 Options set by the user are not searched.
 """
@@ -69,8 +70,10 @@ def run(problem: Problem, options: Options) -> Solution:
         return replace(comq.run(replace(problem, weights=reduced), options), reduction=reduction)
     parts = cross_validation.folds(problem)
     choice, trials, held_out = _choose(parts, problem, options, usual) if parts else (usual, 0, None)
-    weight, errors, reduction = (_solve if problem.output_hessian is None else _coupled)(problem, choice, options)
-    error = "error" if problem.output_hessian is None else "coupled"
+    solve, error = (_solve, "error") if problem.output_hessian is None else (_coupled, "coupled")
+    if problem.adaptive_hessian is not None:
+        problem, error = replace(problem, stats=problem.adaptive_hessian.mixed(stats, problem.centred), centred=False), "adaptive"
+    weight, errors, reduction = solve(problem, choice, options)
     figures = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": trials}
     figures |= {f"{error}_start": errors[0], error: errors[-1]}
     notes = gptq.prepared(problem, choice.damping, choice.act_order).notes(choice.damping)

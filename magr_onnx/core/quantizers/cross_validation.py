@@ -83,6 +83,7 @@ def folds(problem: Problem) -> list[Fold]:
             fit_targets=(),
             target_moments=None,
             output_hessian=None,
+            adaptive_hessian=None,
         )
         pair = None if moments is None else (moments.without(index), moments.folds[index])
         result.append(Fold(sampled, held_out, held_out.rows / rows / (variance or 1.0), pair))

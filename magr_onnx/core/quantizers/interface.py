@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from magr_onnx.core import backends
+from magr_onnx.core.adaptive_hessian import AdaptiveHessian
 from magr_onnx.core.backends import HOST
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.linalg import automatic_damping, damped
@@ -34,6 +35,7 @@ class Problem:
             `magr_onnx.core.error_feedback.TargetWeights.fits`; else empty.
         target_moments: Moments of the target output, where layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of gradients at the layer's outputs, for solvers that couple outputs; else None.
+        adaptive_hessian: What stands in for the Gram matrix, for solvers that take it; else None.
     """
 
     weights: Array
@@ -46,6 +48,7 @@ class Problem:
     fit_targets: tuple[Array, ...] = ()
     target_moments: TargetMoments | None = None
     output_hessian: Array | None = None
+    adaptive_hessian: AdaptiveHessian | None = None
 
     @property
     def on_host(self) -> Problem:

@@ -42,7 +42,7 @@ function facts(l) {
     ["Node", l.node],
     ["Weight", l.weight],
     ["Written as", l.emitted],
-    ...Object.entries(l.solver ?? {}).filter(([name]) => !l.errors.length || !/^(error|coupled)/.test(name)).map(([name, value]) => [name[0].toUpperCase() + name.slice(1).replaceAll("_", " "), value == null ? digits(value) : typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
+    ...Object.entries(l.solver ?? {}).filter(([name]) => !l.errors.length || !/^(error|coupled|adaptive)/.test(name)).map(([name, value]) => [name[0].toUpperCase() + name.slice(1).replaceAll("_", " "), value == null ? digits(value) : typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
   ].filter(([, value]) => value != null);
 }
 
