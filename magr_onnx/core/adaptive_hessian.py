@@ -5,8 +5,8 @@ With ``G_s = X_s^T Delta_s (K, N)`` the gradient of the loss of one sample by th
 
     H = 1/(S N) sum_s G_s G_s^T,
 
-which takes the place of ``X^T X / n`` in the solvers (OAC; Edalati et al., arXiv 2405.15025). A bias that absorbs the mean
-error turns ``X_s`` into ``X_s - 1 mu^T``. With ones as a further input, ``X'_s = [X_s 1]``, the matrix ``H' (K+1, K+1)`` has all this needs:
+which takes the place of ``X^T X / n`` in the solvers (OAC; Edalati et al., arXiv 2405.15025). A bias that absorbs the mean error turns
+``X_s`` into ``X_s - 1 mu^T``. With ones as a further input, ``X'_s = [X_s 1]``, the matrix ``H' (K+1, K+1)`` has all this needs:
 
     H_centred = P^T H' P,      P = [I, -mu]^T.
 
