@@ -50,7 +50,7 @@ FOLDER, BUNDLED = "<folder>", "<bundled>"
 WIDTH = 400  # columns of reports: nothing is wrapped, so that the length of a path does not matter
 FORMATS = ("matmulnbits", "qdq", "qdq-int8", "dynamic-int8")
 EFFORTS = ("fast", "balanced", "best")
-QUANTIZERS = ("auto", "rtn", "gptq", "comq", "hqq", "a2q", "a2q+")
+QUANTIZERS = ("auto", "rtn", "gptq", "comq", "hqq", "lrq", "a2q", "a2q+")
 TARGETS = ("x86-avx2", "x86-vnni", "arm64-dotprod", "arm64-neon", "wasm", "generic")
 PRESETS = ("edge-cpu", "web", "llm-int4", "llm-int2", "avx2-safe")
 PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnx-magr", "tokenizers")
@@ -419,7 +419,7 @@ def _of_solvers() -> Iterator[Case]:
         *({"act_order": order} for order in (False, True)),
         *({"sweeps": sweeps} for sweeps in (0, 1, 30)),
     ]
-    for quantizer in ("auto", "gptq", "comq", "rtn", "hqq"):
+    for quantizer in ("auto", "gptq", "comq", "rtn", "hqq", "lrq"):
         yield from _each("block", 4, *told, quantizer=quantizer, bits=3)
     yield from _each("block", 4, *({"feedback": f, "quantizer": q} for f in (False, True) for q in ("auto", "gptq", "comq", "rtn")))
     yield from _each("chain", 1, *({"format": form, "effort": effort} for form in FORMATS for effort in EFFORTS))

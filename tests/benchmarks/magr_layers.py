@@ -61,12 +61,12 @@ class Layer:
         )
 
 
-def layers(model: Path, feeds: dict[str, Floats], numbers: list[int]) -> Iterator[Layer]:
-    """Some layers of a model, by number or every eleventh, with the moments of their inputs, sample by sample."""
+def layers(model: Path, feeds: dict[str, Floats], numbers: list[int], every: int = EVERY, channels: int = CHANNELS) -> Iterator[Layer]:
+    """Some layers of a model, by number or every so many, with the moments of their inputs, sample by sample."""
     graph = onnx.load(str(model), load_external_data=False)
     weights = {i.name: i for i in graph.graph.initializer}
     nodes = [n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    nodes = [nodes[i] for i in numbers] or nodes[::EVERY]
+    nodes = [nodes[i] for i in numbers] or nodes[::every]
     taps = list(dict.fromkeys(n.input[0] for n in nodes))
     del graph.graph.output[:]
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in taps)
@@ -90,7 +90,7 @@ def layers(model: Path, feeds: dict[str, Floats], numbers: list[int]) -> Iterato
         if tensor.external_data:
             load_external_data_for_tensor(tensor, str(model.parent))
         weight = onnx.numpy_helper.to_array(tensor)
-        columns = np.linspace(0, weight.shape[1] - 1, min(CHANNELS, weight.shape[1])).astype(int)
+        columns = np.linspace(0, weight.shape[1] - 1, min(channels, weight.shape[1])).astype(int)
         (inside, rows), (outside, others) = (sums[node.input[0], part] for part in (True, False))
         yield Layer(node.name, np.ascontiguousarray(weight[:, columns]), inside / rows, outside / others, rows)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from magr_onnx.core.option_spec import OptionSpec
-from magr_onnx.core.quantizers import a2q, auto, comq, gptq, hqq, rtn
+from magr_onnx.core.quantizers import a2q, auto, comq, gptq, hqq, lrq, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 
 QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
-    for quantizer in (auto.QUANTIZER, rtn.QUANTIZER, gptq.QUANTIZER, comq.QUANTIZER, hqq.QUANTIZER, a2q.A2Q, a2q.A2Q_PLUS)
+    for quantizer in (auto.QUANTIZER, rtn.QUANTIZER, gptq.QUANTIZER, comq.QUANTIZER, hqq.QUANTIZER, lrq.QUANTIZER, a2q.A2Q, a2q.A2Q_PLUS)
 }
 
 
