@@ -142,7 +142,7 @@ METHODS = (
     without_refits(),
     ours("balanced, low rank 8", low_rank=8),
     ours("best", effort="best"),
-    ours("balanced, adaptive Hessian", output_hessian="adaptive"),
+    ours("balanced with adaptive Hessian", output_hessian="adaptive"),
 )
 
 
