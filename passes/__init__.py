@@ -24,6 +24,7 @@ from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.rotate import Rotate
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
+from magr_onnx.passes.rewrites.split_salient import SplitSalient
 from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
 from magr_onnx.report.reasons import Reason, Skip
 
@@ -56,6 +57,7 @@ __all__ = [
     "Skip",
     "SolvedLayer",
     "SplitOutliers",
+    "SplitSalient",
     "Stage",
     "TwinRanges",
     "attach",

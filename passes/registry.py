@@ -24,12 +24,14 @@ from magr_onnx.passes.layer_passes.recurrent import Recurrent
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.rotate import Rotate
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
+from magr_onnx.passes.rewrites.split_salient import SplitSalient
 from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
 
 BEFORE_EMITTERS: tuple[type[Stage], ...] = (
     Rotate,
     Equalize,
     SplitOutliers,
+    SplitSalient,
     TwinRanges,
     ErrorFeedback,
     OutputHessian,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from magr_onnx.config.options import OPTIONS, Options
@@ -18,8 +18,10 @@ from magr_onnx.errors import OptionError, closest, listed, raise_all
 from magr_onnx.passes import Plan
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.selection import matches, names_of
 from magr_onnx.passes.layers.weighted import WeightedNode, by_weight
+from magr_onnx.passes.rewrites.base import own_bits
 
 LAYER_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.whole_run is None)
 """Options that may differ by layer."""
@@ -159,6 +161,16 @@ def assign(
         assigned[name] = layer_options, plans[key]
     raise_all(OptionError, problems)
     return assigned
+
+
+def of_rewrites(layers: Iterable[LinearLayer], plan: Plan) -> dict[str, tuple[Options, Plan]]:
+    """Give the layers whose bits a rewrite has set these bits, and the plan they make, by layer name."""
+    if plan.quantize is None:
+        return {}
+    bits_of = {layer.name: bits for layer in layers if (bits := own_bits(layer)) is not None}
+    quantize, alone = plan.quantize, replace(plan, magr=None, low_rank=None)
+    plans = {bits: replace(alone, quantize=replace(quantize, bits=bits)) for bits in set(bits_of.values())}
+    return {name: ({"bits": bits}, plans[bits]) for name, bits in bits_of.items()}
 
 
 def check_matches(tables: Sequence[LayerOptions], layers: Sequence[WeightedNode], convolutions: Iterable[ConvLayer]) -> list[str]:

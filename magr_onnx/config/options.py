@@ -137,6 +137,9 @@ class Options(TypedDict, total=False):
         whole_run="it moves scales between layers")]
     split_outliers: Annotated[bool, OptionSpec(
         help="Split layers with outliers in two, at twice their cost.", default=False, panel=FINE, whole_run=_GRAPH)]
+    split_salient: Annotated[float, OptionSpec(
+        help="Share of every layer's inputs, up to 0.5, those with the largest gradients, whose weights get 8 bits, in a second product; "
+        "0: none.", default=0.0, least=0, panel=FINE, metavar="X", whole_run=_GRAPH)]
     twin_ranges: Annotated[bool, OptionSpec(
         help="qdq-int8: two ranges for inputs from GELU and Softmax, at twice the cost.", default=False, panel=INTEGERS, whole_run=_GRAPH,
         belongs_to="format")]

@@ -124,6 +124,8 @@ def _rewrites(options: Options) -> Iterator[passes.Rewrite]:
     if (rotate := options.get("rotate", "none")) != "none":
         yield passes.Rotate(auto=rotate == "auto")
     yield from (rewrite() for rewrite in _REWRITES if options.get(rewrite.name.replace("-", "_")))
+    if fraction := options.get("split_salient", 0.0):
+        yield passes.SplitSalient(fraction)
 
 
 def _quantize(form: Format, options: Options, quantizer: str) -> passes.Quantize:

@@ -46,6 +46,17 @@ class AdaptiveHessian:
             h -= outer + outer.T
         return h
 
+    def diagonal(self, centred: bool) -> Array:
+        """Return the diagonal of H ``(K,)`` float64.
+
+        Where ``centred``, a bias takes up what inputs have in common, and is the best one by these gradients.
+        """
+        squares = self.moments.diagonal().astype(np.float64)
+        if not centred or squares[-1] <= 0:
+            return squares[:-1]
+        result: Array = np.maximum(squares[:-1] - np.square(self.moments[:-1, -1], dtype=np.float64) / squares[-1], 0)
+        return result
+
     def mixed(self, stats: LayerStats, centred: bool) -> LayerStats:
         """Return statistics whose Gram matrix is the mix, and that need no centring any more; without folds.
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options
 from magr_onnx.config.options import Options
-from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.layer import absorbs_mean
+from magr_onnx.core.types import ActivationGrid, Array, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import FORMATS
@@ -236,10 +237,18 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
         for group in moments.grouped(layers, context.memory.gram_budget):
             yield group, {} if calibration is None else moments.collect(model, group, calibration).stats
 
+    def gradients(model: ir.Model, layers: Sequence[LinearLayer]) -> Mapping[str, Array]:
+        if prepared.data is None:
+            return {}
+        centred = {layer.name: absorbs_mean(prepared.plan.bias_policy, layer.has_bias) for layer in layers}
+        with fisher.collect_adaptive(model, layers, prepared.data, 1.0, provider=context.provider) as found:
+            hessians = {layer.name: found.adaptive(str(layer.output.name)) for layer in layers}
+            return {name: hessian.diagonal(centred[name]) for name, hessian in hessians.items() if hessian is not None}
+
     plan, notes, held_out = prepared.plan, list[str](), prepared.kept_back or prepared.data
     trial = None if context.memory.large else partial(trials.trial_of, data=held_out, context=context)
     spec, rounds = plan.spec or WeightSpec(), plan.activations is not None
-    setting = Context(spec, plan.bias_policy, rounds, context.selection, statistics, trial, context.spill)
+    setting = Context(spec, plan.bias_policy, rounds, context.selection, statistics, trial, gradients, context.spill)
     for stage in plan.rewrites:
         notes += stage.rewrite(prepared.model, setting) or [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
     context.spill(prepared.model)
@@ -297,6 +306,7 @@ def _set_up(
         context.lap("ranges")
     heads = () if request.options is None else tied_tables.head_options(plan, tied, layers)
     assigned = layer_options.assign((*heads, *request.patterns.tables), layers, request.options or {}, plan, context.provider)
+    assigned |= layer_options.of_rewrites(layers, plan)
     changed = {*begun.digests, *rounded}
     models = Models(model, base, tapped, changed, tied)
     return _Setup(models, layers, plan, calibration, needs_statistics, assigned, tied, skips, notes, may_widen=may_widen)

@@ -38,6 +38,12 @@ def _add(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     return [b.to_shape_of(g, x, result), b.to_shape_of(g if node.op_type == "Add" else b.op("Neg", g), y, result)]
 
 
+@rule("Sum")
+def _sum(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    (g,), result = grads, b.shape(node.outputs[0])
+    return [b.to_shape_of(g, value, result) for value in node.inputs]
+
+
 @rule("Mul")
 def _mul(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     (g,), (x, y) = grads, node.inputs

@@ -22,7 +22,15 @@ from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import FLOATS, sharing
 
+OWN_BITS = "onnx_magr.bits"
+"""Key of a node's ``metadata_props`` with the bits of its weight, where a rewrite has set them."""
+
 Groups = Iterable[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]
+
+
+def _no_gradients(model: ir.Model, layers: Sequence[LinearLayer]) -> Mapping[str, Array]:
+    del model, layers
+    return {}
 
 
 def _data_free(model: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
@@ -54,6 +62,8 @@ class Context:
         statistics: Splits layers into groups, each with the statistics of its inputs, by value name (none without data). Computed on
             demand, by one pass over the calibration data per group.
         trial: Runs a model, for candidates to be compared with; None where models cannot be run.
+        gradients: Measures the mean square of the gradients of the model's loss by each row of the weights of layers ``(K,)``, of one
+            sample each and summed over columns, up to a factor; by layer name, of those that have gradients. None have any without data.
         spill: Takes new weights of a model out of memory, where it is large.
     """
 
@@ -63,6 +73,7 @@ class Context:
     selection: Selection = ALL
     statistics: Callable[[ir.Model, Sequence[LinearLayer]], Groups] = _data_free
     trial: Callable[[ir.Model], Trial] | None = None
+    gradients: Callable[[ir.Model, Sequence[LinearLayer]], Mapping[str, Array]] = _no_gradients
     spill: Callable[[ir.Model], None] = lambda _: None
 
     def layers(self, model: ir.Model) -> list[LinearLayer]:
@@ -111,8 +122,10 @@ def remember(layer: LinearLayer) -> None:
     subgraphs.remember(layer.node, layer.name, layer.weight_name)
 
 
-def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, integer: bool) -> None:
+def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, integer: bool, bits: int | None = None) -> None:
     """Replace the output ``y`` of a layer by ``y + x W``, with a new layer of ``weight (K, N)`` that patterns match by the old names.
+
+    The new layer has so many ``bits`` (`own_bits`), or as many as others.
 
     On two axes onnxruntime merges MatMul and Add, and Gemm and Sum, into one Gemm, a float one with a float addend. The sum therefore uses
     the other operator: Add if both stay Gemm (``integer`` formats only), else Sum.
@@ -122,11 +135,19 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
     constant = layer.constant(suffix, weight.astype(FLOATS[layer.dtype]))
     product = ir.node(layer.op, [x, constant], name=layer.names.node(f"{layer.name}{suffix}"))
     product.metadata_props.update(layer.node.metadata_props)
+    if bits is not None:
+        product.metadata_props[OWN_BITS] = str(bits)
     addend = product.outputs[0]
     addend.dtype, addend.shape = layer.dtype, y.shape
     total = layer.add_to_output("Add" if integer and layer.op == "Gemm" else "Sum", addend, f"_before{suffix}", f"{layer.name}{suffix}_sum")
     addend.name = layer.names.value(f"{name}{suffix}")
     layer.graph.insert_before(total, product)
+
+
+def own_bits(layer: LinearLayer) -> int | None:
+    """Return the bits that a rewrite has given a layer; None for those of the run."""
+    bits = layer.node.metadata_props.get(OWN_BITS)
+    return None if bits is None else int(bits)
 
 
 def operator(value: ir.Value) -> str:

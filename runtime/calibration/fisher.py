@@ -42,14 +42,16 @@ class Fisher(Cache):
         """Return the moments of the layer output of this name, or None."""
         return self.get(name, 0).astype(np.float64) if name in self.names(0) else None
 
+    def adaptive(self, name: str) -> AdaptiveHessian | None:
+        """Return the output-adaptive Hessian of the layer with the output of this name, of moments by `collect_adaptive`; or None."""
+        moments = self.moments(name)
+        return None if moments is None or self.share is None else AdaptiveHessian(moments, self.share)
+
     def completed(self, problem: LayerProblem, name: str) -> LayerProblem:
         """Return the problem of the layer with the output of this name, with what there is for it."""
-        moments = self.moments(name)
-        if moments is None:
-            return problem
         if self.share is None:
-            return replace(problem, output_hessian=moments)
-        return replace(problem, adaptive_hessian=AdaptiveHessian(moments, self.share))
+            return replace(problem, output_hessian=self.moments(name))
+        return replace(problem, adaptive_hessian=self.adaptive(name))
 
 
 def is_wide(layer: LinearLayer, adaptive: bool = False) -> bool:

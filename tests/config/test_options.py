@@ -57,6 +57,7 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
         "error-feedback,output-hessian{kind=adaptive},quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits",
     ),
     ({"effort": "best", "output_hessian": "none"}, DEFAULTS["matmulnbits"]),
+    ({"effort": "fast", "split_salient": 0.1}, f"split-salient{{fraction=0.1}},{FAST}"),
     ({"alpha": 0.0}, "error-feedback,quantize{method=auto,alpha=0},compensate-bias{bias=any},emit-matmulnbits"),
     (
         {"effort": "best", "format": "qdq-int8", "alpha": 2e-3, "bias": "none"},
@@ -282,6 +283,7 @@ NEW_OPTIONS = (
     "--rotate",
     "--equalize",
     "--split-outliers",
+    "--split-salient",
     "--twin-ranges",
     "--effort",
     "--cache",

@@ -126,6 +126,8 @@ for op in ("Add", "Sub", "Mul", "Div"):
     case(op, "column", {"x": normal(2, 1), "y": second(2, 3, seed=1)})
     case(op, "outer", {"x": normal(4, 1, 3), "y": second(2, 1, seed=1)})
     case(op, "scalar", {"x": normal(2, 3), "y": second(seed=1)})
+case("Sum", "one", {"x": normal(2, 3)})
+case("Sum", "three", {"x": normal(2, 3), "y": normal(3, seed=1), "z": normal(2, 1, seed=2)})
 case("Pow", "square", {"x": normal(2, 3)}, fixed={"p": np.float32(2)})
 case("Pow", "cube-int", {"x": normal(2, 3)}, fixed={"p": np.int64(3)})
 case("Pow", "rows", {"x": positive(2, 1)}, fixed={"p": np.array([0.5, -1.0, 2.5], np.float32)})

@@ -65,7 +65,7 @@ def test_text_means_what_it_says() -> None:
         ("magr quantize", "expected ','"),
         ("magr{alpha=1e-3", "expected '}' at character 15"),
         ("magr{alpha=1e-3,quantize{bits=4}", "expected '}' at character 24"),
-        ("gptq", "no pass is called 'gptq'; there are rotate, equalize, split-outliers, twin-ranges, error-feedback, output-hessian"),
+        ("gptq", "no pass is called 'gptq'; there are rotate, equalize, split-outliers, split-salient, twin-ranges, error-feedback"),
         ("magr{strength=1}", "magr has no option 'strength=1'; it takes alpha, relative"),
         ("quantize{bits=four}", "expected int"),
         ("quantize{act_order=1}", "expected bool"),

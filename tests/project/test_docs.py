@@ -26,7 +26,17 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 SLOW = {
     f"docs/methods/{name}.md"
-    for name in ("accumulators", "bias-correction", "comq", "low-rank", "magr", "mixed-precision", "output-hessian", "adaptive-hessian")
+    for name in (
+        "accumulators",
+        "bias-correction",
+        "comq",
+        "low-rank",
+        "magr",
+        "mixed-precision",
+        "output-hessian",
+        "adaptive-hessian",
+        "split-salient",
+    )
 }
 COMMANDS = commands()
 
