@@ -452,7 +452,7 @@ def _of_formats() -> Iterator[Case]:
             )
             yield from _each("block", 4, {"accumulator_bits": 14, "accumulator_tile": 16}, format=form, quantizer=quantizer, bits=4)
     for kind in ("uint8", "int8"):
-        ranges: list[Options] = [{"activation_range": name} for name in ("auto", "min-max", "percentile", "min-error")]
+        ranges: list[Options] = [{"activation_range": name} for name in ("auto", "min-max", "percentile", "min-error", "daq")]
         whole: list[Options] = [{"quantize_outputs": True}, {"quantize_outputs": True, "bias": "none"}, {"target": "arm64-neon"}]
         yield from _each("block", 4, *ranges, *whole, {"twin_ranges": True}, format="qdq-int8", activation_type=kind)
         yield from _each("net", 4, *whole, format="qdq-int8", activation_type=kind)

@@ -98,8 +98,9 @@ class Options(TypedDict, total=False):
         help="Activations: uint8, int8; in qdq-full also uint16, int16.", default_text="uint8, or what the backend has",
         panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS)]
     activation_range: Annotated[str, OptionSpec(
-        help="Ranges of layer inputs of qdq-int8: min-max, percentile, min-error; auto: the least measured error.", default_text="auto",
-        choices=METHODS, panel=INTEGERS, metavar="NAME", whole_run=_INPUTS)]
+        help="Ranges of layer inputs of qdq-int8: min-max, percentile, min-error, daq (from means and deviations of channels); "
+        "auto: the least measured error of the others.", default_text="auto", choices=METHODS,
+        panel=INTEGERS, metavar="NAME", whole_run=_INPUTS)]
     backend: Annotated[str, OptionSpec(
         help=f"Runtime whose rules qdq-full follows: {', '.join(BACKENDS)}.", default=next(iter(BACKENDS)), choices=BACKENDS,
         panel=INTEGERS, metavar="NAME", whole_run=_GRAPH, belongs_to="format")]

@@ -3,21 +3,24 @@
 - *min-max*: all values.
 - *percentile*: all but a fraction of 1e-3, 1e-4 or 1e-5 of the values at either end.
 - *min-error*: the range of least rounding and clipping error according to the histogram, and min-max times constant factors.
+- *daq*: from the mean and the deviation of each channel (`magr_onnx.core.distribution_ranges`); not among those of *auto*.
 - *headroom*: wider than the values seen, which of few samples do not include the largest ones.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.distribution_ranges import ChannelSums, spread
 from magr_onnx.core.types import Activation, ActivationGrid, Array
 
-Method = Literal["auto", "min-max", "percentile", "min-error"]
+Method = Literal["auto", "min-max", "percentile", "min-error", "daq"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 PERCENTILES = (99.9, 99.99, 99.999)
@@ -39,6 +42,7 @@ class Histogram:
         low: Least value.
         high: Greatest value.
         cut: Whether sentinels were left out.
+        channels: Sums by channel of each value counted, by its name, where they were measured.
     """
 
     negative: Array
@@ -47,11 +51,14 @@ class Histogram:
     low: float
     high: float
     cut: bool = False
+    channels: Mapping[str, ChannelSums] = field(default_factory=dict)
 
     def plus(self, other: Histogram) -> Histogram:
         """Return the histogram of the values of both."""
         low, high = min(self.low, other.low), max(self.high, other.high)
-        return Histogram(self.negative + other.negative, self.positive + other.positive, self.edges, low, high)
+        channels = {**self.channels, **other.channels}
+        channels |= {name: sums.plus(other.channels[name]) for name, sums in self.channels.items() if name in other.channels}
+        return Histogram(self.negative + other.negative, self.positive + other.positive, self.edges, low, high, channels=channels)
 
     def without_sentinels(self, ratio: float = SENTINEL_RATIO) -> Histogram:
         """Return the histogram up to the first gap of a ratio above 1 between occupied magnitudes.
@@ -63,8 +70,15 @@ class Histogram:
         if not len(gaps):
             return self
         below_gap = np.arange(len(self.negative)) <= occupied[gaps[0]]
-        signal = Histogram(self.negative * below_gap, self.positive * below_gap, self.edges, self.low, self.high, True)
+        signal = Histogram(self.negative * below_gap, self.positive * below_gap, self.edges, self.low, self.high, True, self.channels)
         return replace(signal, low=signal.quantile(0)[0], high=signal.quantile(0)[1])
+
+    def spread(self, steps: int) -> tuple[float, float]:
+        """Return DAQ's range for a grid of so many steps: of the channels that were measured, else of all values as one channel."""
+        counts, signed = np.concatenate([self.negative, self.positive]), np.concatenate([-self._centres, self._centres])
+        pooled = ChannelSums(float(counts.sum()), np.array([counts @ signed]), np.array([counts @ np.square(signed)]))
+        low, high = spread(self.channels.values() or [pooled], steps)
+        return max(low, self.low), min(high, self.high)
 
     def quantile(self, fraction: float) -> tuple[float, float]:
         """Return the range that excludes at most ``fraction`` of all values at either end."""
@@ -141,6 +155,8 @@ def candidates(
     if method in ("auto", "min-error"):
         ranges["least tensor error"] = histogram.least_error(clipping, steps)
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
+    if method == "daq":
+        ranges["mean and deviation of channels"] = histogram.spread(steps)
     if method == "auto" and headroom:
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in HEADROOM}
     return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in ranges.items()}

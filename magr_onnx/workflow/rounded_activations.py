@@ -106,7 +106,8 @@ def _choice(
     model: ir.Model, region: Region, plan: Plan, data: Batches, context: RunContext, floats: Collection[str]
 ) -> tuple[_Choice, Ranges]:
     """Mark the values of a region, in place, measure them, and choose how ranges are chosen; once for nodes that stay float."""
-    assert plan.activations is not None
+    activations = plan.activations
+    assert activations is not None
     layers = [*select_convolutions(model, plan, context.selection)[0], *find_linear(model, context.selection)[0]]
     Names.rescan(model.graph)
     marks, kind = tensor_emitter.mark(model.graph, region), grid_type(plan)
@@ -114,12 +115,13 @@ def _choice(
 
     def measure() -> list[tuple[tuple[Histogram, ...], ActivationGrid | None]]:
         steps = context.stage("ranges")
-        measured = tensor_ranges.measure(model, region.grids, layers, calibration, kind=kind, progress=steps)
+        by_channel = activations.ranges == "daq"
+        measured = tensor_ranges.measure(model, region.grids, layers, calibration, kind=kind, by_channel=by_channel, progress=steps)
         return [(each.parts, each.levels) for each in measured]
 
     known = zip(region.grids, context.once(("ranges", key), measure), strict=True)
     each_of = {group: tensor_ranges.Measured(group, *of_group) for group, of_group in known}
-    choice = _Choice(model, each_of, marks, plan.activations.ranges, kind, data, context.provider)
+    choice = _Choice(model, each_of, marks, activations.ranges, kind, data, context.provider)
     return choice, context.once(("choice of ranges", key), choice.ranges) if kind.bits == 8 else Ranges()
 
 

@@ -35,6 +35,8 @@ class Tap:
         quantize: Quantization of the value before its moments are taken; None for none.
         bounds: Range the value is clipped to first (sentinels such as -1e9 are no signal); None for no clipping.
         few: Whether it has so few rows that these are put out, not their Gram matrix.
+        others: Axes other than that of the channels, of the rows ``(n, K)`` if K > 1, else of the value; its sums by channel are put out
+            with its range. None for none.
     """
 
     value: str
@@ -43,6 +45,7 @@ class Tap:
     quantize: Activation | None = None
     bounds: tuple[float, float] | None = None
     few: bool = False
+    others: tuple[int, ...] | None = None
 
 
 def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
@@ -93,6 +96,7 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None, sa
     The minimum is NaN where any value is not finite.
     The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
     (`bin_edges`), so that one pass serves values of any magnitude; rows that the mask leaves out fall into the bins next to zero.
+    Behind all these are the sum and the sum of squares by channel ``(C,)`` and the number of elements of every tap with `Tap.others`.
     """
     copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=16)  # ScatterElements that adds
     zeros = copy.constant("__hist_zeros", np.zeros(2 * BINS, np.float32))
@@ -118,6 +122,13 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None, sa
         index = copy.add("Add", [index, copy.add("Mul", [positive, offsets[1]], f"{name}_half")], f"{name}_index")
         ones = copy.add("Expand", [one, copy.add("Shape", [rows], f"{name}_count")], f"{name}_ones")
         copy.output(copy.add("ScatterElements", [zeros, index, ones], f"__hist_{i}", axis=0, reduction="add"), shape=[2 * BINS])
+    for i, tap in enumerate(taps):
+        if tap.others is not None:
+            name, axes = f"__channels_{i}", copy.constant(f"__channels_{i}_axes", np.array(tap.others))
+            real = copy.real(tap, name) if tap.width == 1 else copy.rows(copy.real(tap, name), tap, name)
+            for part, value in (("total", real), ("squares", copy.add("Mul", [real, real], f"{name}_squared"))):
+                copy.output(copy.add("ReduceSum", [value, axes], f"{name}_{part}", keepdims=0), shape=[None])
+            copy.output(copy.add("Size", [real], f"{name}_size"), ir.DataType.INT64, shape=[])
     return copy.finish()
 
 

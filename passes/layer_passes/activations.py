@@ -26,8 +26,8 @@ class QuantizeActivations(LayerStage):
     Attributes:
         type: ``uint8``, ``int8``, ``uint16`` or ``int16`` for a static grid found by calibration, ``dynamic`` for uint8 with the range of
             each tensor at run time, clipped first where calibration finds that this lowers the error.
-        ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best of them
-            all by measured output error.
+        ranges: ``min-max``, ``percentile``, ``min-error`` or ``daq`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best
+            of the first three by measured output error.
         wide: With 8 bits, the share of the work that may be done in 16 (`magr_onnx.passes.tensors.widths`, and
             `magr_onnx.workflow.wide_inputs`).
     """

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.distribution_ranges import ChannelSums
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, absorbs_mean
 from magr_onnx.core.moments import weighted
@@ -91,6 +92,8 @@ def choose(
         CalibrationError: The mask leaves no rows.
     """
     taps = make_taps(model, {v.name: len(v.sketch) for v in values}, context)
+    if method == "daq":
+        taps = [replace(tap, others=(0,)) for tap in taps]
     hold_out = hold_out_of(context.data)
     parts = histograms_of(model, taps, [v.layers for v in values], context, hold_out, progress=part_of(progress, 0, 2))
     histograms = [reduce(Histogram.plus, of_value) for of_value in zip(*parts, strict=True)]
@@ -164,21 +167,31 @@ def histograms_of(
     """
     data, shape = context.data, (hold_out.parts, len(taps))
     low, high, counts = np.full(shape, np.inf), np.full(shape, -np.inf), np.zeros((*shape, 2 * BINS))
+    channels: list[dict[str, ChannelSums]] = [{} for _ in range(hold_out.parts)]
     bad: dict[str, str] = {}
     for index, weight, results in run_batches(range_taps(model, taps, context.mask, sample), data, context.provider, progress):
         part = hold_out.part(index)
-        for i, (tap, least, greatest, histogram) in enumerate(zip(taps, results[::3], results[1::3], results[2::3], strict=True)):
+        for i, (tap, least, greatest, histogram) in enumerate(zip(taps, results[::3], results[1::3], results[2::3], strict=False)):
             if least > greatest:  # no rows: the minimum of an empty set is infinite
                 continue
             if not (np.isfinite(least) and np.isfinite(greatest)):
                 bad.setdefault(tap.value, not_finite(tap.value, readers[i], data.label(index)))
             low[part, i], high[part, i] = min(low[part, i], float(least)), max(high[part, i], float(greatest))
             counts[part, i] += weighted(histogram, weight)
+        by_channel = iter(results[3 * len(taps) :])
+        for tap in taps:
+            if tap.others is not None:
+                total, squares, size = (weighted(next(by_channel), weight) for _ in range(3))
+                sums = ChannelSums(float(size) / len(total), total, squares)
+                channels[part][tap.value] = channels[part][tap.value].plus(sums) if tap.value in channels[part] else sums
     raise_all(NonFiniteError, bad.values())
     edges = bin_edges()
     return [
-        [Histogram(c[:BINS], c[BINS:], edges, float(a), float(b)) for c, a, b in zip(*of_part, strict=True)]
-        for of_part in zip(counts, low, high, strict=True)
+        [
+            Histogram(c[:BINS], c[BINS:], edges, float(a), float(b), channels={t.value: sums[t.value]} if t.value in sums else {})
+            for t, c, a, b in zip(taps, *of_part, strict=True)
+        ]
+        for *of_part, sums in zip(counts, low, high, channels, strict=True)
     ]
 
 

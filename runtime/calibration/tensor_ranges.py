@@ -12,12 +12,12 @@ import onnx_ir as ir
 from magr_onnx.core.activation_ranges import LEAST_LEVELS, MOST_LEVELS, Histogram, Method, candidates, grid_near_levels, grid_of_levels
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.passes.instrument.taps import Tap
+from magr_onnx.passes.instrument.taps import Tap, shape_taps
 from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.passes.tensors.region import SharedGrid
 from magr_onnx.runtime.calibration.activation_ranges import histograms_of, hold_out_of
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.sources import Steps
+from magr_onnx.runtime.data.sources import Steps, run_batches
 
 INPUTS, SAME_END = 8, 0.02  # batches that tell whether an input is on a grid, and what parts of a range may lack of it
 MASK_RATIO, MASKED = 8.0, 20.0
@@ -53,6 +53,7 @@ def measure(
     context: CalibrationContext,
     *,
     kind: GridType,
+    by_channel: bool = False,
     progress: Steps | None = None,
 ) -> list[Measured]:
     """Measure values of the main graph that will be rounded. Few samples are measured in parts, so that ranges can be cross-validated.
@@ -63,13 +64,17 @@ def measure(
         layers: Layers that read some of them, for messages.
         context: Data and where to run.
         kind: What grids have in common.
+        by_channel: Whether ranges will be made from the mean and the deviation of channels.
         progress: Called after every batch.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
     """
-    names = [str(value.name) for group in shared for value in group.values]
-    taps, readers = [Tap(name, 1) for name in names], [[layer for layer in layers if str(layer.x.name) == name] for name in names]
+    values = [value for group in shared for value in group.values]
+    names = [str(value.name) for value in values]
+    others = _others(model, values, context) if by_channel else [None] * len(names)
+    taps = [Tap(name, 1, others=axes) for name, axes in zip(names, others, strict=True)]
+    readers = [[layer for layer in layers if str(layer.x.name) == name] for name in names]
     parts = histograms_of(model, taps, readers, context, hold_out_of(context.data), sample=SAMPLE, progress=progress)
     of_values = iter(zip(*parts, strict=True))
     measured = []
@@ -79,6 +84,20 @@ def measure(
         levels = _of_levels(str(first.name), of_group, context, kind) if first.is_graph_input() else None
         measured.append(Measured(group, tuple(of_group), levels))
     return measured
+
+
+def _others(model: ir.Model, values: Sequence[ir.Value], context: CalibrationContext) -> list[tuple[int, ...] | None]:
+    """Return the axes of values other than that of their channels, by the shapes that they have in the first batch.
+
+    Channels are the second axis of matrices and images, and the last one of sequences where its length is known; None without any.
+    """
+    _, _, shapes = next(run_batches(shape_taps(model, [str(value.name) for value in values]), context.data, context.provider))
+    found: list[tuple[int, ...] | None] = []
+    for value, rank in zip(values, map(len, shapes), strict=True):
+        known = rank != 3 or (value.shape is not None and value.shape.is_static(2))
+        channels = 2 if rank == 3 else 1
+        found.append(tuple(axis for axis in range(rank) if axis != channels) if rank > 1 and known else None)
+    return found
 
 
 def grid_of(measured: Measured, method: Method, clipping: float, kind: GridType, stretch: float = 0.0) -> ActivationGrid:

@@ -226,7 +226,7 @@ def test_a_sized_file_is_proved(bits: int, symmetric: bool) -> None:
         ({"format": "qdq-int8", "quantizer": "a2q"}, "a2q is for accumulators only"),
         ({"quantizer": "a2q+", "target": "generic"}, "needs 8-bit activations"),
         ({"format": "qdq-int8", "quantizer": "rtn", "target": "generic"}, "rtn knows no accumulators"),
-        ({"format": "qdq-int8", "activation_range": "mse"}, "choose one of auto, min-max, percentile, min-error"),
+        ({"format": "qdq-int8", "activation_range": "mse"}, "choose one of auto, min-max, percentile, min-error, daq"),
         ({"format": "qdq-int8", "activation_type": "int4"}, "choose one of uint8, int8"),
         ({"format": "dynamic-int8", "activation_type": "int8"}, "activation_type is for format qdq-int8 or qdq-full only"),
         ({"format": "qdq", "activation_range": "auto"}, "activation_range is for format qdq-int8 or qdq-full only"),
