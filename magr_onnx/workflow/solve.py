@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options
 from magr_onnx.config.options import Options
-from magr_onnx.core.layer import absorbs_mean
 from magr_onnx.core.types import ActivationGrid, Array, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
@@ -238,12 +237,8 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
             yield group, {} if calibration is None else moments.collect(model, group, calibration).stats
 
     def gradients(model: ir.Model, layers: Sequence[LinearLayer]) -> Mapping[str, Array]:
-        if prepared.data is None:
-            return {}
-        centred = {layer.name: absorbs_mean(prepared.plan.bias_policy, layer.has_bias) for layer in layers}
-        with fisher.collect_adaptive(model, layers, prepared.data, 1.0, provider=context.provider) as found:
-            hessians = {layer.name: found.adaptive(str(layer.output.name)) for layer in layers}
-            return {name: hessian.diagonal(centred[name]) for name, hessian in hessians.items() if hessian is not None}
+        data, policy = prepared.data, prepared.plan.bias_policy
+        return {} if data is None else fisher.diagonals(model, layers, data, policy, provider=context.provider)
 
     plan, notes, held_out = prepared.plan, list[str](), prepared.kept_back or prepared.data
     trial = None if context.memory.large else partial(trials.trial_of, data=held_out, context=context)

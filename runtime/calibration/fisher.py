@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.adaptive_hessian import AdaptiveHessian
-from magr_onnx.core.layer import LayerProblem
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, absorbs_mean
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Array
 from magr_onnx.passes.instrument.gradients import Gradients, adaptive_taps, fisher_taps, shaped_values
@@ -110,6 +110,19 @@ def collect_adaptive(
 
     widths = {name: k + 1 for name, (_, k, _) in chosen.items()}
     return _collect(Fisher(share), model, widths, tapped, data.limit(MAX_BATCHES), provider, budget, progress)
+
+
+def diagonals(
+    model: ir.Model, layers: Sequence[LinearLayer], data: Batches, bias: BiasPolicy | None, *, provider: str = "cpu"
+) -> dict[str, Array]:
+    """Return the mean squares of the gradients of the weights of every input ``(K,)``, by layer; of layers without gradients nothing.
+
+    ``bias`` is the later correction's policy: where a bias absorbs the mean of the inputs, it is left out.
+    """
+    centred = {layer.name: absorbs_mean(bias, layer.has_bias) for layer in layers}
+    with collect_adaptive(model, layers, data, 1.0, provider=provider) as found:
+        hessians = {layer.name: found.adaptive(str(layer.output.name)) for layer in layers}
+        return {name: hessian.diagonal(centred[name]) for name, hessian in hessians.items() if hessian is not None}
 
 
 def _collect(
