@@ -46,9 +46,11 @@ class Ranges:
 
     clipping: float = 1.0
     stretch: float = 0.0
+    method: Method = "auto"
 
 
-CLIPPED, STRETCHED = [Ranges(weight) for weight in (1.0, 4.0, 16.0, 64.0)], Ranges(stretch=1.1)
+CANDIDATES = (*(Ranges(weight) for weight in (1.0, 4.0, 16.0, 64.0)), Ranges(method="percentile"), Ranges(stretch=1.1))
+"""Ways of choosing the ranges of all values together; the last one has some to spare."""
 INSURANCE, TRIALS = 1.12, 32
 """Rise of the error for which ranges are stretched, since unseen values go beyond those seen, and batches that errors are measured on."""
 
@@ -195,7 +197,8 @@ class _Choice:
 
     def grid(self, measured: tensor_ranges.Measured, ranges: Ranges, bits: int) -> ActivationGrid:
         kind = replace(self.kind, bits=bits)
-        return tensor_ranges.grid_of(measured, self.method, ranges.clipping, kind, ranges.stretch)
+        method = ranges.method if self.method == "auto" else self.method
+        return tensor_ranges.grid_of(measured, method, ranges.clipping, kind, ranges.stretch)
 
     def grids(self, ranges: Ranges, without: int | None = None) -> dict[str, ActivationGrid]:
         """Choose the grids of all values, by name; ``without`` a part of the data."""
@@ -210,14 +213,13 @@ class _Choice:
         """
         if self.method != "auto":
             return Ranges()
-        hold_out, candidates = hold_out_of(self.data), [*CLIPPED, STRETCHED]
-        errors = [0.0] * len(candidates)
+        hold_out, errors = hold_out_of(self.data), [0.0] * len(CANDIDATES)
         for part in range(hold_out.parts):
             data = self.data.select([i for i in range(len(self.data)) if hold_out.part(i) == part]).limit(TRIALS // hold_out.parts)
-            trials = [self.grids(each, part) for each in candidates]
+            trials = [self.grids(each, part) for each in CANDIDATES]
             of_part = output_errors(self.model, self.marks, trials, data, self.provider) if len(data) else [0.0] * len(trials)
             errors = [a + b for a, b in zip(errors, of_part, strict=True)]
-        return STRETCHED if errors[-1] <= INSURANCE * min(errors) else candidates[errors.index(min(errors))]
+        return CANDIDATES[-1 if errors[-1] <= INSURANCE * min(errors) else errors.index(min(errors))]
 
     def losses(self, grids: Mapping[str, ActivationGrid], groups: Sequence[SharedGrid], progress: Steps) -> list[float]:
         """Measure the error that each of some grids of 8 bits causes alone."""

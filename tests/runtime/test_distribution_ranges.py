@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from magr_onnx.core.activation_ranges import Histogram, candidates
 from magr_onnx.core.distribution_ranges import ChannelSums, normal_bound
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, range_taps
 from magr_onnx.runtime.ort.session import Session
+from magr_onnx.workflow import rounded_activations
 from tests import graphs
 from tests.graphs import Builder, K, feeds, random
 from tests.helpers import Array
@@ -164,3 +166,12 @@ def test_the_file_of_linear_layers_has_these_ranges() -> None:
     assert high < 0.7 * x.max()
     assert any(step == pytest.approx((high - low) / 255, rel=0.03) for step in steps_of(made))
     assert "ranges=daq" in report.pipeline
+
+
+def test_percentiles_for_all_values_are_among_what_is_tried_by_the_error_at_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_t(3, (300, 3, 5, 6)).astype(np.float32)
+    usual: dict[str, Any] = {"format": "qdq-int8", "prefer": "size", "quantizer": "rtn", "feedback": False}
+    expected = steps_of(magr_onnx.optimize(images(), {"x": x}, activation_range="percentile", **usual).model)
+    index = next(i for i, each in enumerate(rounded_activations.CANDIDATES) if each.method == "percentile")
+    monkeypatch.setattr(rounded_activations, "output_errors", lambda *args: [0.1 if i == index else 1.0 for i in range(len(args[2]))])
+    assert steps_of(magr_onnx.optimize(images(), {"x": x}, **usual).model) == expected
