@@ -16,6 +16,7 @@ from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_passes.recurrent import Recurrent
+from magr_onnx.passes.layer_passes.scale_tuning import TuneScales
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import SolvedLayer, run_layers
@@ -59,6 +60,7 @@ __all__ = [
     "SplitOutliers",
     "SplitSalient",
     "Stage",
+    "TuneScales",
     "TwinRanges",
     "attach",
     "canonicalize",

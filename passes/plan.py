@@ -27,6 +27,7 @@ from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_passes.recurrent import Recurrent
+from magr_onnx.passes.layer_passes.scale_tuning import TuneScales
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.rewrites.base import Rewrite
@@ -52,6 +53,7 @@ class Plan:
         quantize: The quantizer and its grid.
         low_rank: A float branch beside every quantized product.
         bias: Bias correction.
+        tuning: Tuning of scales by the loss at the model's outputs.
         emitter: The pass that writes quantized layers.
         convolutions: Convolutions, converted before linear layers.
         recurrent: Recurrent operators, converted after convolutions.
@@ -66,6 +68,7 @@ class Plan:
     quantize: Quantize | None = None
     low_rank: LowRank | None = None
     bias: CompensateBias | None = None
+    tuning: TuneScales | None = None
     emitter: Emitter | None = None
     convolutions: Convolutions | None = None
     recurrent: Recurrent | None = None
@@ -329,6 +332,11 @@ class Plan:
         if self.low_rank is not None and self.activations is not None:
             problems.append(
                 f"{self.low_rank.name} adds float products of the float input, which layers with 8-bit inputs do without; "
+                f"use format {formats_with(None)}, or leave it out"
+            )
+        if self.tuning is not None and self.activations is not None:
+            problems.append(
+                f"{self.tuning.name} is for layers with float inputs: gradients do not see how 8-bit inputs are rounded; "
                 f"use format {formats_with(None)}, or leave it out"
             )
         for stage in (self.convolutions, self.recurrent):

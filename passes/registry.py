@@ -21,6 +21,7 @@ from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_passes.recurrent import Recurrent
+from magr_onnx.passes.layer_passes.scale_tuning import TuneScales
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.rotate import Rotate
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
@@ -40,6 +41,7 @@ BEFORE_EMITTERS: tuple[type[Stage], ...] = (
     Quantize,
     LowRank,
     CompensateBias,
+    TuneScales,
 )
 AFTER_EMITTERS: tuple[type[Stage], ...] = (Convolutions, Recurrent, Embeddings)
 

@@ -126,6 +126,10 @@ class Options(TypedDict, total=False):
         help="What gradients of the model's outputs are for: two-sided lets errors of a layer's outputs cancel; adaptive weighs its inputs "
         "by them; none. For efforts balanced and best, with data.", default_text="two-sided with effort best, else none", panel=FINE,
         metavar="NAME", whole_run="gradients are those of the whole model")]
+    tune_scales: Annotated[bool | None, OptionSpec(
+        help="Tune the scales of all layers by the loss at the model's outputs, in three passes over the data.",
+        default_text="with effort best up to 4 bits, where layers have float inputs", panel=FINE,
+        flags=("--tune-scales/--no-tune-scales",), whole_run="the loss is that of the whole model")]
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
     rotate: Annotated[Literal["none", "on", "auto"], OptionSpec(

@@ -15,6 +15,8 @@ from magr_onnx.passes.emit import FORMATS, Format
 from magr_onnx.passes.plan import form_problems
 
 CONV_BITS = 8
+MOST_TUNED_BITS = 4
+"""Bits up to which scales are tuned at effort best: errors of more are too small to pay for it."""
 
 
 _REWRITES: tuple[type[passes.Rewrite], ...] = (passes.Equalize, passes.SplitOutliers, passes.TwinRanges)
@@ -53,6 +55,7 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
         quantize=quantize,
         low_rank=passes.LowRank(rank) if (rank := options.get("low_rank", 0)) else None,
         bias=passes.CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
+        tuning=_tuning(options, form, effort if named is None else None, quantize.bits),
         emitter=form.make_emitter(options) if name in FORMATS else None,
         convolutions=None if options.get("conv_bits") is None else convolutions(options),
         recurrent=None if (recurrent := options.get("recurrent", "none")) == "none" else passes.Recurrent(recurrent),  # type: ignore[arg-type]
@@ -161,6 +164,13 @@ def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:
         return None
     alpha = usual_alpha(quantize.bits, quantize.block_size, quantize.beta) if alpha is None else alpha
     return passes.MagR(alpha, True, quantize.block_size, quantize.damping) if alpha else None
+
+
+def _tuning(options: Options, form: Format, effort: str | None, bits: int) -> passes.TuneScales | None:
+    """Make the stage that tunes scales: if asked for, or at the best effort, of few bits, where layers have float inputs."""
+    usual = effort == "best" and bits <= MOST_TUNED_BITS and form.emitter.input_grids is None
+    asked = options.get("tune_scales")
+    return passes.TuneScales() if (usual if asked is None else asked) else None
 
 
 def _activations(form: Format, options: Options) -> passes.QuantizeActivations | None:

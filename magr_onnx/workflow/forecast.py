@@ -57,8 +57,9 @@ FEW_COLUMNS, MANY_COLUMNS = 512, 4096
 PRODUCT = 1024
 """Size of the product that the rate of multiplication is measured with."""
 
-PASSES, RANGES, GRADIENTS = 5.0, 9.0, 7.0
-"""Passes of the float model that take as long: calibration with error feedback, of two models in segments; measuring ranges; gradients."""
+PASSES, RANGES, GRADIENTS, TUNING = 5.0, 9.0, 7.0, 4.0
+"""Passes of the float model that take as long: calibration with error feedback, of two models in segments; measuring ranges; gradients;
+an epoch of tuning scales."""
 
 STAGE = 0.03
 """Seconds that sessions take to begin for every input of layers, with error feedback."""
@@ -288,6 +289,7 @@ class _Passes:
         feedback = plan.error_feedback is not None
         seconds = {"ranges": RANGES * whole} if plan.activations is not None else {}
         seconds |= {"differentiate": GRADIENTS * whole} if plan.output_hessian is not None else {}
+        seconds |= {"tune": TUNING * plan.tuning.epochs * whole} if plan.tuning is not None else {}
         passes, operations, stages = (PASSES, PAIRED_SUMS, len(rows)) if feedback else (1.0, SUMS, 0)
         return {**seconds, "calibrate": passes * share * whole + operations * sums / rate + STAGE * stages}
 

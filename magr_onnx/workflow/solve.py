@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options
-from magr_onnx.config.options import Options
-from magr_onnx.core.types import ActivationGrid, Array, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.types import ActivationGrid, Array, WeightSpec
 from magr_onnx.errors import listed
-from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
+from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.emit import FORMATS
-from magr_onnx.passes.emit import tensors as tensor_emitter
-from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
-from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.recurrent import GATES
 from magr_onnx.passes.layers.weighted import readers, skip_of
-from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.report.data import megabytes
 from magr_onnx.report.layer_row import LayerRow, with_unique_scopes
 from magr_onnx.report.reasons import ConvReason, Reason
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
-from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
+from magr_onnx.runtime.calibration.context import GridChoice, Grids
 from magr_onnx.runtime.calibration.mask import masked_values
-from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import (
     conv_sensitivity,
@@ -44,11 +37,13 @@ from magr_onnx.workflow import (
     rounded_activations,
     tied_tables,
     trials,
+    tuning,
     wide_inputs,
 )
-from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
+from magr_onnx.workflow.calibrate import Models, calibration_of, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
+from magr_onnx.workflow.layer_round import Round, Setup, solve_layers
 from magr_onnx.workflow.metric_search import MetricSearch
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
@@ -83,87 +78,6 @@ class Solved:
     search: mixed_precision.Search | None
     may_widen: bool = True
     rounds: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Setup:
-    """What every round over the linear layers starts from.
-
-    Attributes:
-        models: The float model and, as ``work``, that with its convolutions and tables converted, which every round copies.
-        layers: Linear layers of ``work`` that will be converted, if a budget does not keep them.
-        plan: The plan, as far as this model can be carried through it.
-        calibration: What layers are calibrated with, grids of activations included; None for data-free.
-        needs_statistics: Whether layers without statistics stay as they are.
-        assigned: Options and plan of layers that have their own, by name.
-        tied: Names of weights that are tables of embeddings, too, and one tensor with them in the result.
-        convolutions: Convolutions of the float model whose bits a budget chooses; they are floats in ``work``.
-        skips: What stays as it is.
-        notes: Sentences for the report.
-        may_widen: As in `Solved`.
-    """
-
-    models: Models
-    layers: list[LinearLayer]
-    plan: Plan
-    calibration: CalibrationContext | None
-    needs_statistics: bool
-    assigned: Mapping[str, tuple[Options, Plan]]
-    tied: frozenset[str]
-    skips: list[Skip]
-    notes: list[str]
-    convolutions: Sequence[ConvLayer] = ()
-    may_widen: bool = True
-
-    @property
-    def plans(self) -> dict[str, Plan]:
-        """Plans of layers that have their own, by name."""
-        return {name: plan for name, (_, plan) in self.assigned.items()}
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Round(Converted):
-    """What one round over the linear layers has come to.
-
-    Attributes:
-        model: The model that is converted.
-        layers: Its layers; those that a budget leaves float are among the ``skips``.
-        unmasked: Layers whose rows the mask does not fit.
-        spilled: Bytes of values between stages that went to a temporary folder.
-        stages: The number of the stage that a layer is solved in, by layer name: layers of one stage share the codes of their weight.
-        tied: Names of weights that are tables of embeddings, too.
-        codes: Of layers with such weights, and the names of their nodes, by the name of the weight.
-        tables: These tables.
-        convolutions: Convolutions whose bits a budget chose.
-    """
-
-    model: ir.Model
-    layers: list[LinearLayer]
-    unmasked: list[str] = field(default_factory=list)
-    spilled: int = 0
-    stages: dict[str, int] = field(default_factory=dict)
-    tied: frozenset[str] = frozenset()
-    codes: dict[str, tuple[str, QuantizedWeight]] = field(default_factory=dict)
-    tables: Converted = field(default_factory=Converted)
-    convolutions: Converted = field(default_factory=Converted)
-
-    def finish(self, context: RunContext, solved: SolvedLayer) -> None:
-        """Take note of a layer that has been through the plan, and tell the caller."""
-        quantized = solved.solution.quantized
-        written = None
-        if quantized is not None and solved.emitted is not None:
-            written = solved.solution.weight if solved.solution.factors is None else quantized.dequantize()
-        self.add(solved.layer, solved.solution, solved.emitted, written)
-        if (
-            quantized is not None
-            and solved.emitted is not None
-            and solved.solution.factors is None
-            and solved.layer.weight_name in self.tied
-        ):
-            self.codes[solved.layer.weight_name] = solved.emitted.node, quantized
-        context.spill(self.model)
-        context.report_layers(self.rows[-1:])
-        context.stage("quantizing")(len(self.rows), len(self.layers))
 
 
 def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
@@ -211,10 +125,11 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         if hessian is not None:
             context.lap("differentiate")
         while True:
-            done = _solve_layers(setup, search, hessian, context)
+            done = solve_layers(setup, search, hessian, context)
             if search is None or search.accepts(search.measure(done.model)):
                 break
             del done  # one quantized model at a time
+    done = tuning.tuned(done, setup, search, prepared, context, notes)
     others = [*begun.rows, *done.convolutions.rows]
     rows = _rows(done, setup, others, model)
     emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in others if row.op in (*GATES, "Conv")}
@@ -259,7 +174,7 @@ def _set_up(
     tied: frozenset[str],
     request: OptimizeRequest,
     context: RunContext,
-) -> _Setup:
+) -> Setup:
     """Decide which linear layers are converted how, and choose the grids of their inputs."""
     model, data, plan = prepared.model, prepared.data, prepared.plan
     layers, skips = find(base, context.selection)
@@ -304,10 +219,10 @@ def _set_up(
     assigned |= layer_options.of_rewrites(layers, plan)
     changed = {*begun.digests, *rounded}
     models = Models(model, base, tapped, changed, tied)
-    return _Setup(models, layers, plan, calibration, needs_statistics, assigned, tied, skips, notes, may_widen=may_widen)
+    return Setup(models, layers, plan, calibration, needs_statistics, assigned, tied, skips, notes, may_widen=may_widen)
 
 
-def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
+def _search(setup: Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
     """Measure what a budget is spent by, if there is one."""
     plans = setup.plans
     if not setup.convolutions:
@@ -340,53 +255,7 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
     return search
 
 
-def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian: fisher.Fisher | None, context: RunContext) -> _Round:
-    """Solve and write all linear layers in a copy of the base model."""
-    models = replace(setup.models, work=setup.models.work.clone())
-    work, plan, plans = models.work, setup.plan, setup.plans
-    layers, kept = models.tapped.split(find(work, context.selection)[0], setup.needs_statistics)[0], list[Skip]()
-    chosen = {layer.name for layer in setup.layers}
-    layers = [layer for layer in layers if layer.name in chosen]
-    if search is not None:
-        plans = search.assigned()
-        layers, kept = search.select(layers)
-    if context.store is not None:
-        context.store.set_plan(plan, plans)
-    done = _Round(model=work, layers=layers, skips=kept, tied=setup.tied)
-    if search is not None and search.source.convolutions is not None:
-        done.convolutions = search.source.convolutions.write(work, search.conv_bits())
-        models = replace(models, changed={*models.changed, *done.convolutions.digests})
-        context.report_layers(done.convolutions.rows)
-    readers_by_input = moments.readers_of(layers)
-    held_out = any(p.holds_out for p in (plan, *plans.values()))
-    calibration = setup.calibration
-    if calibration is not None:
-        calibration = replace(calibration, hold_out=HoldOut.of(calibration.data.samples) if held_out else NONE)
-    fit, feedback = calibration if context.fits_weights else None, plan.error_feedback is not None
-    for stage, (group, gathered) in enumerate(gather(models, layers, fit, feedback, context)):
-        done.stages |= {layer.name: stage for layer in group}
-        for name in gathered.unmasked:
-            if name in readers_by_input:
-                first = readers_by_input[name][0]
-                done.unmasked.append(scope_of(first.node) or first.name)
-        done.spilled = max(done.spilled, gathered.spilled)
-        context.lap("calibrate")
-        if not done.rows:
-            context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-        complete = completing(gathered, models.tapped, hessian, calibration, fit is not None)
-        finished = _releasing(partial(done.finish, context), group, gathered)
-        run_layers(plan, group, partial(_known, gathered.stats), finished, complete, plans, context.store, context.workers)
-        context.lap("quantize")
-    if setup.tied:
-        nodes = {str(node.name): node for node in work.graph}
-        codes = {weight: (nodes[name], quantized) for weight, (name, quantized) in done.codes.items() if name in nodes}
-        done.tables = tied_tables.convert(tied_tables.tables_of(work, plan, context.selection, setup.tied), plan, codes)
-    if plan.rules is not None:
-        tensor_emitter.emit_constants(work.graph, plan.rules, rounded_activations.grid_type(plan))
-    return done
-
-
-def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Model) -> list[LayerRow]:
+def _rows(done: Round, setup: Setup, begun: Sequence[LayerRow], model: ir.Model) -> list[LayerRow]:
     """Rows of everything that was converted, with what is known only now that all of it is."""
     added = {name: emitted.bytes for name, emitted in done.emitted.items()}
     remarks = shared_weights.remarks(done.layers, added, done.stages)
@@ -400,30 +269,7 @@ def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Mode
     return with_unique_scopes(replace(row, depth=depth.get(row.name)) for row in rows)
 
 
-def _releasing(
-    finished: Callable[[SolvedLayer], None], group: Sequence[LinearLayer], gathered: moments.CalibrationResult
-) -> Callable[[SolvedLayer], None]:
-    """Let go of statistics, and of what was computed from them, as soon as all layers that share them are finished."""
-    reads = {layer.name: layer.reads for layer in group}  # a finished layer has no inputs any more
-    remaining = Counter(reads.values())
-
-    def release(solved: SolvedLayer) -> None:
-        finished(solved)
-        name = reads[solved.layer.name]
-        gathered.targets.pop(solved.layer.name, None)
-        remaining[name] -= 1
-        if not remaining[name]:
-            gathered.stats.pop(name, None)
-
-    return release
-
-
-def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
-    """The statistics of what a layer reads, where they were gathered."""
-    return stats.get(layer.reads)
-
-
-def _remarks(done: _Round, context: RunContext) -> list[str]:
+def _remarks(done: Round, context: RunContext) -> list[str]:
     notes = []
     if done.spilled:
         cache = megabytes(context.memory.cache)

@@ -290,6 +290,25 @@ def shaped_values(model: ir.Model) -> list[str]:
     return [name for name in (operands | {str(v.name): None for v in model.graph.outputs}) if name in defined]
 
 
+def judged_outputs(backward: Backward, shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, ir.Value, int]]:
+    """Return the outputs of a model that are its results in floats: names, values as float32, ranks."""
+    copy, results = backward.graph, []
+    cache = set(pairs_of(copy.model).values())  # not a model result, and on the path of every layer
+    for value in list(copy.model.graph.outputs):
+        name, out = str(value.name), copy.values[str(value.name)]
+        if name not in cache and value.dtype in FLOATS and shapes.get(name):
+            if value.dtype not in (ir.DataType.FLOAT, None):
+                out = backward.op("Cast", out, to=ir.DataType.FLOAT)
+            results.append((name, out, len(shapes[name])))
+    return results
+
+
+def seed_of(backward: Backward, output: str, gradient: ir.Value) -> ir.Value:
+    """Return a float32 gradient of an output in the type of the output."""
+    kind = backward.graph.values[output].dtype
+    return gradient if kind in (ir.DataType.FLOAT, None) else backward.op("Cast", gradient, to=kind)
+
+
 def fisher_gradients(
     copy: Extension, values: Iterable[str], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
 ) -> tuple[Backward, dict[str, ir.Value]]:
@@ -310,23 +329,15 @@ def fisher_gradients(
     """
     backward = Backward(copy, shapes)
     seeds = {}
-    cache = set(pairs_of(copy.model).values())  # not a model result, and on the path of every layer
-    for i, value in enumerate(list(copy.model.graph.outputs)):
-        name = str(value.name)
-        if name in cache or value.dtype not in FLOATS or name not in shapes or not shapes[name]:
-            continue
-        out = copy.values[name]
-        is_cast = value.dtype not in (ir.DataType.FLOAT, None)
-        if is_cast:
-            out = backward.op("Cast", out, to=ir.DataType.FLOAT)
+    for i, (name, out, rank) in enumerate(judged_outputs(backward, shapes)):
         noise = backward.op("RandomNormalLike", out, seed=float(i + 1), dtype=ir.DataType.FLOAT)
-        if logits(name, len(shapes[name])):
+        if logits(name, rank):
             p = backward.op("Softmax", out, axis=-1)
             root = backward.op("Mul", backward.op("Sqrt", p), noise)
             seed = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
         else:
             seed = backward.op("Div", noise, backward.op("Sqrt", backward.op("ReduceSumSquare", out, keepdims=0)))
-        seeds[name] = backward.op("Cast", seed, to=value.dtype) if is_cast else seed
+        seeds[name] = seed_of(backward, name, seed)
     return backward, backward.run(seeds, values)
 
 

@@ -141,6 +141,8 @@ METHODS = (
     ours("balanced without bias", bias="none"),
     without_refits(),
     ours("balanced, low rank 8", low_rank=8),
+    ours("balanced with tuned scales", tune_scales=True),
+    ours("best without tuned scales", effort="best", tune_scales=False),
     ours("best", effort="best"),
     ours("balanced with adaptive Hessian", output_hessian="adaptive"),
 )

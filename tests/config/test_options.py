@@ -51,12 +51,15 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
     ({"effort": None, "quantizer": None, "feedback": None}, DEFAULTS["matmulnbits"]),
     ({"feedback": False}, "quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
     ({"quantizer": "auto"}, "quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
-    ({"effort": "best"}, "error-feedback,output-hessian,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
+    (
+        {"effort": "best"},
+        "error-feedback,output-hessian,quantize{method=auto},compensate-bias{bias=any},tune-scales,emit-matmulnbits",
+    ),
     (
         {"output_hessian": "adaptive"},
         "error-feedback,output-hessian{kind=adaptive},quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits",
     ),
-    ({"effort": "best", "output_hessian": "none"}, DEFAULTS["matmulnbits"]),
+    ({"effort": "best", "output_hessian": "none", "tune_scales": False}, DEFAULTS["matmulnbits"]),
     ({"effort": "fast", "split_salient": 0.1}, f"split-salient{{fraction=0.1}},{FAST}"),
     ({"alpha": 0.0}, "error-feedback,quantize{method=auto,alpha=0},compensate-bias{bias=any},emit-matmulnbits"),
     (

@@ -126,7 +126,7 @@ def test_every_pass_is_exported() -> None:
     assert public - {kind.__name__ for kind in passes().values()} == {"Emitter", "LayerPass", "ModelPass", "Rewrite"}
     assert {kind.__name__ for kind in passes().values()} <= public
     settings = {kind.__name__ for name, kind in stages().items() if name not in passes()}
-    assert settings == {"ErrorFeedback", "OutputHessian", "QuantizeActivations"}
+    assert settings == {"ErrorFeedback", "OutputHessian", "QuantizeActivations", "TuneScales"}
     assert settings <= set(ours.__all__)
     assert list(ours.__all__) == sorted(ours.__all__, key=lambda n: (n.lower() == n, not n.isupper(), n))
 

@@ -10,7 +10,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.core.types import LayerStats
-from magr_onnx.workflow import solve
+from magr_onnx.workflow import layer_round
 from tests.graphs import Builder, K, N, random
 
 
@@ -26,21 +26,21 @@ def test_what_is_known_of_an_input_goes_with_the_last_layer_that_reads_it(monkey
     model = b.model_of(outputs)
     given: dict[str, weakref.ref[np.ndarray]] = {}
     alive = []
-    known, finish = solve._known, solve._Round.finish
+    known, finish = layer_round._known, layer_round.Round.finish
 
-    def noted(stats: dict[str, LayerStats], layer: solve.LinearLayer) -> LayerStats | None:
+    def noted(stats: dict[str, LayerStats], layer: layer_round.LinearLayer) -> LayerStats | None:
         found = known(stats, layer)
         assert found is not None
         given[layer.reads] = weakref.ref(found.gram)
         return found
 
-    def counted(self: solve._Round, context: solve.RunContext, solved: solve.SolvedLayer) -> None:
+    def counted(self: layer_round.Round, context: layer_round.RunContext, solved: layer_round.SolvedLayer) -> None:
         finish(self, context, solved)
         gc.collect()
         alive.append([name for name, gram in given.items() if gram() is not None])
 
-    monkeypatch.setattr(solve, "_known", noted)
-    monkeypatch.setattr(solve._Round, "finish", counted)
+    monkeypatch.setattr(layer_round, "_known", noted)
+    monkeypatch.setattr(layer_round.Round, "finish", counted)
     feeds = [{"x": np.random.default_rng(s).standard_normal((16, K), np.float32)} for s in range(4)]
     magr_onnx.optimize(model, feeds, effort="fast")
     assert len(given) == 3

@@ -1,0 +1,80 @@
+"""The last stage before a model is done: scales of its linear layers tuned by the loss at the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import onnx_ir as ir
+
+from magr_onnx.errors import RuntimeFailure, listed
+from magr_onnx.passes.instrument.scale_inputs import with_scale_inputs
+from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.weighted import sharing
+from magr_onnx.runtime.calibration import scale_tuning
+from magr_onnx.workflow import mixed_precision
+from magr_onnx.workflow.context import RunContext
+from magr_onnx.workflow.layer_round import Round, Setup, begin, write_again
+from magr_onnx.workflow.prepare import Prepared
+from magr_onnx.workflow.solutions import Solutions
+
+
+def tuned(
+    done: Round, setup: Setup, search: mixed_precision.Search | None, prepared: Prepared, context: RunContext, notes: list[str]
+) -> Round:
+    """Return the layers of a round written with tuned scales, or the round as it is; what came of it is noted."""
+    stage, solutions = setup.plan.tuning, done.solutions
+    if stage is None or solutions is None:
+        return done
+    calibration = setup.calibration
+    if calibration is None or context.memory.large:
+        reason = "there are no calibration data" if calibration is None else "the model is too large to be run as a whole in the memory"
+        notes.append(f"scales were not tuned: {reason}")
+        return done
+    base = begin(setup, search, context)
+    names = tunable(base.layers, solutions, setup.tied)
+    if not names:
+        notes.append("scales were not tuned: no layer has float32 scales of its own in the main graph")
+        return done
+    model, inputs = with_scale_inputs(base.model, solutions.restore, names)
+    try:
+        result = scale_tuning.tune(
+            prepared.reference,
+            model,
+            list(inputs.values()),
+            calibration.data,
+            epochs=stage.epochs,
+            rate=stage.rate,
+            mask=context.mask,
+            provider=context.provider,
+            progress=context.stage("tuning"),
+        )
+    except RuntimeFailure as error:  # the model itself runs: this is about the gradients
+        notes.append(f"scales were not tuned: {str(error).splitlines()[0]}")
+        return done
+    finally:
+        context.lap("tune")
+    notes.append(_note(result))
+    if not result.values:
+        return done
+    for name, factors in inputs.items():
+        if factors in result.values:
+            solutions.scale(name, result.values[factors])
+    return write_again(done, solutions, setup, search, context)
+
+
+def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collection[str]) -> set[str]:
+    """Return the names of layers whose scales are float32, their own, and where gradients reach: in the main graph."""
+    shared = sharing(layers)
+    own = [layer for layer in layers if not layer.nested and layer.name not in shared and layer.weight_name not in tied]
+    kept = {layer.name: solutions.restore(layer) for layer in own if layer.dtype == ir.DataType.FLOAT}
+    return {name for name, solution in kept.items() if solution is not None and solution.quantized is not None and solution.factors is None}
+
+
+def _note(result: scale_tuning.Tuned) -> str:
+    if not result.held_out:
+        return f"scales were not tuned: that takes {scale_tuning.FEWEST} samples or batches at least"
+    reached = f"; not before {listed(sorted(result.blocked))}, which cannot be differentiated" if result.blocked else ""
+    if not result.values:
+        return f"tuned scales were no better on {result.held_out} held-out batches: they stay as they were{reached}"
+    loss = f"{result.before:.4g} -> {result.after:.4g} on {result.held_out} held-out batches"
+    return f"scales of {len(result.values)} layers were tuned by the loss at the outputs: {loss}{reached}"

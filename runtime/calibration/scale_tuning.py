@@ -1,0 +1,208 @@
+"""Tuning of scales by distillation: they follow the loss at the model's outputs, not the errors of their layers.
+
+Once all layers are quantized, their codes stay as they are. Factors on their scales follow the gradient of the loss against the float
+model's outputs (`magr_onnx.passes.instrument.distillation`), computed by onnxruntime, by Adam with rates that rise at the beginning and
+fall to zero (the second phase of EfficientQAT; Chen et al., arXiv 2407.11062).
+
+One batch in `HELD_OUT` is held out: the state after the epoch with the least loss there is the result, and nothing changes unless that is
+lower by `GAIN` at least.
+
+Deviations from EfficientQAT: targets are the float model's outputs, not the text's next tokens, since calibration data are few; and
+a factor for each scale is tuned, not the scale itself, so that Adam's steps are relative to it. Rejected: tuning biases as well, which
+changes the loss by less than a percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.core.adam import Adam
+from magr_onnx.core.types import Array
+from magr_onnx.passes.graph.kv_cache import current_mask
+from magr_onnx.passes.instrument.distillation import Distillation, distillation_taps
+from magr_onnx.passes.instrument.gradients import shaped_values
+from magr_onnx.passes.instrument.taps import shape_taps
+from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
+from magr_onnx.runtime.data.fixed_batch import Group
+from magr_onnx.runtime.data.sources import Batches, Steps, run_batches, shapes_of
+from magr_onnx.runtime.measure.validate import is_logits
+from magr_onnx.runtime.ort.session import Batch, Model, Session
+
+HELD_OUT = 8  # one batch in so many
+FEWEST = 4  # batches, for one to be held out
+GAIN = 0.005  # least improvement, as a part of the loss: less is chance
+STEPS = 64  # in an epoch, if there are as many samples
+MOST_ELEMENTS = 1 << 26  # of outputs in a batch
+WARM_UP = 8  # steps until the rate is the full one
+TINY = 1e-30
+_CACHED = 1 << 27  # elements of the float model's outputs kept in memory; where there are more, it runs anew in every epoch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tuned:
+    """What tuning came to.
+
+    Attributes:
+        values: Of all scale inputs that gradients reach, by name; empty where the loss did not fall.
+        before: Loss on held-out batches before.
+        after: The same with ``values``.
+        held_out: Number of samples held out, or of batches where these are unknown.
+        blocked: Operators that cannot be differentiated, before which layers stay as they are.
+    """
+
+    values: Mapping[str, Array]
+    before: float
+    after: float
+    held_out: int
+    blocked: frozenset[str]
+
+
+def tune(
+    reference: Model,
+    model: ir.Model,
+    inputs: Sequence[str],
+    data: Batches,
+    *,
+    epochs: int,
+    rate: float,
+    mask: str | None = None,
+    provider: str = "cpu",
+    progress: Steps | None = None,
+) -> Tuned:
+    """Lower the loss of ``model`` against the outputs of ``reference`` by its scale inputs.
+
+    An epoch takes about as long as four passes of the float model over the data.
+
+    Args:
+        reference: The float model.
+        model: The quantized model, with float weights and scale inputs.
+        inputs: Names of its scale inputs (`magr_onnx.passes.instrument.scale_inputs`).
+        data: Inputs of both models, of `FEWEST` samples at least.
+        epochs: Passes over the data.
+        rate: Largest relative change of a scale in a step.
+        mask: The input that marks rows to count.
+        provider: Where to run.
+        progress: Told of steps.
+    """
+    names = shaped_values(model)
+    with Session(reference, provider) as teacher:
+        data = in_steps(data, teacher)
+        if len(data) < FEWEST:
+            return Tuned({}, math.nan, math.nan, 0, frozenset())
+        _, _, measured = next(run_batches(shape_taps(model, names), data, provider))
+        shapes = {name: tuple(map(int, shape)) for name, shape in zip(names, measured, strict=True)}
+        taps = distillation_taps(model, inputs, shapes, is_logits)
+        start = {name: constant.numpy() for name in taps.reached if (constant := model.graph.initializers[name].const_value) is not None}
+        with Session(taps.model, provider) as student:
+            run = _Run(student, _Goals(teacher, taps, data, mask), data, taps.reached)
+            values, before, after = run.descend(Adam(start), rate, epochs, progress)
+            return Tuned(values, before, after, sum(map(is_held_out, range(len(data)))), frozenset(taps.blocked))
+
+
+def in_steps(data: Batches, session: Session) -> Batches:
+    """Split batches into parts for a step each: `STEPS` of them at least, if there are as many samples, of `MOST_ELEMENTS` outputs at most.
+
+    Batches whose samples are not along the first axis of all inputs, or that have the one size a model takes, stay whole.
+    """
+    dynamic = all(i.ranked and i.shape[:1] == (None,) for i in session.inputs)
+    counts = [{shape[:1] for shape in shapes.values()} for shapes in data.shapes or map(shapes_of, data)]
+    if not dynamic or any(len(count) != 1 or () in count for count in counts):
+        return data
+    sizes = [count.pop()[0] for count in counts]
+    first = next(iter(data))
+    elements = sum(np.size(y) for y in session.run(first)) / sizes[0]
+    size = int(max(1, min(sum(sizes) // STEPS, MOST_ELEMENTS // max(elements, 1))))
+    groups = [[Group(at, min(size, count - at)) for at in range(0, count, size)] for count in sizes]
+    parts = [(i, group) for i, batch in enumerate(groups) for group in batch]
+
+    def read() -> Iterator[Batch]:
+        return (group.part(batch) for batch, split in zip(data, groups, strict=True) for group in split)
+
+    weights = tuple(data.weight(i) for i, _ in parts)
+    return Batches(len(parts), data.description, read, lambda i: data.label(parts[i][0]), samples=data.samples, weights=weights)
+
+
+def is_held_out(step: int) -> bool:
+    """Return whether a step's batch is held out."""
+    return step % HELD_OUT == min(HELD_OUT, FEWEST) - 1
+
+
+class _Goals:
+    """What the quantized model is compared with in every batch."""
+
+    def __init__(self, teacher: Session, taps: Distillation, data: Batches, mask: str | None) -> None:
+        self._teacher, self._taps, self._data, self._mask = teacher, taps, data, mask
+        self._names = list(taps.outputs)
+        self._masked = masked_outputs(teacher, self._names, data, mask)
+        self._kept: dict[int, Batch] = {}
+        self._room = _CACHED
+
+    def feeds(self, step: int, batch: Batch) -> Batch:
+        """Return the batch with the float model's outputs on it, and weights of their rows."""
+        if step in self._kept:
+            return {**batch, **self._kept[step]}
+        goals: dict[str, npt.NDArray[Any]] = {}
+        for name, y in zip(self._names, self._teacher.run(batch, self._names), strict=True):
+            goal, weights = self._taps.outputs[name]
+            goals[goal] = np.asarray(y, np.float32)
+            goals[weights] = self._weights(name, goals[goal], batch) * np.float32(self._data.weight(step))
+        if (elements := sum(array.size for array in goals.values())) <= self._room:
+            self._kept[step] = goals
+            self._room -= elements
+        return {**batch, **goals}
+
+    def _weights(self, name: str, y: Array, batch: Batch) -> Array:
+        """Return weights of the rows of an output, with which its loss is a mean divergence, or relative to its power."""
+        rows = y.reshape(-1, y.shape[-1])
+        keep = kept_rows(current_mask(batch, self._mask), y.shape) if self._mask is not None and name in self._masked else None
+        counted = np.ones(len(rows), bool) if keep is None else keep
+        total = float(counted.sum()) if is_logits(name, y.ndim) else float(np.square(rows[counted], dtype=np.float64).sum())
+        result: Array = (counted / max(total, TINY)).astype(np.float32).reshape(*y.shape[:-1], 1)
+        return result
+
+
+class _Run:
+    """The descent of a session's inputs."""
+
+    def __init__(self, student: Session, goals: _Goals, data: Batches, reached: Sequence[str]) -> None:
+        count = len(student.outputs) - len(reached)
+        self._losses, self._student, self._goals, self._data, self._reached = student.outputs[:count], student, goals, data, reached
+
+    def descend(self, adam: Adam, rate: float, epochs: int, progress: Steps | None) -> tuple[Mapping[str, Array], float, float]:
+        """Return the values of least loss on held-out batches, none where it did not fall, and that loss before and after."""
+        report = progress or (lambda done, total: None)
+        training = [step for step in range(len(self._data)) if not is_held_out(step)]
+        done, total = 0, epochs * len(training)
+        report(0, total)
+        before = least = self._held_out_loss(adam.parameters)
+        best: Mapping[str, Array] = {}
+        for _ in range(epochs):
+            for step, batch in enumerate(self._data):
+                if is_held_out(step):
+                    continue
+                outputs = self._student.run({**self._goals.feeds(step, batch), **adam.parameters})
+                gradients = dict(zip(self._reached, outputs[len(self._losses) :], strict=True))
+                if all(np.isfinite(gradient).all() for gradient in gradients.values()):
+                    share = min(1.0, (done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done / total))
+                    adam.step(gradients, share * rate)
+                done += 1
+                report(done, total)
+            loss = self._held_out_loss(adam.parameters)
+            if loss < least:
+                best, least = {name: value.copy() for name, value in adam.parameters.items()}, loss
+        return (best, before, least) if least < (1 - GAIN) * before else ({}, before, before)
+
+    def _held_out_loss(self, values: Mapping[str, Array]) -> float:
+        losses = [
+            sum(map(float, self._student.run({**self._goals.feeds(step, batch), **values}, self._losses)))
+            for step, batch in enumerate(self._data)
+            if is_held_out(step)
+        ]
+        return sum(losses) / len(losses)
