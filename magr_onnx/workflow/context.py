@@ -41,21 +41,25 @@ class Memory:
         gram_budget: Bytes of Gram matrices held at a time.
         cache: Bytes of values between stages held in memory.
         layout: How the result is laid out in files.
+        asked: The limit that was asked for, bytes; None for the usual one, which running a model as a whole may exceed.
     """
 
     large: bool
     gram_budget: int
     cache: int
     layout: Layout
+    asked: int | None = None
 
     @staticmethod
     def of(request: OptimizeRequest, model_bytes: int, widest: int) -> Memory:
         """Decide by the size of the model and of its ``widest`` Gram matrix."""
         limit = DEFAULT_MEMORY if request.max_memory is None else request.max_memory
+        asked = request.max_memory
         if WHOLE * model_bytes + GRAM * widest**2 <= limit:
-            return Memory(False, request.gram_budget, request.cache, Layout(request.external_data, request.shard_size, INLINE_LIMIT))
+            layout = Layout(request.external_data, request.shard_size, INLINE_LIMIT)
+            return Memory(False, request.gram_budget, request.cache, layout, asked)
         layout = Layout(request.external_data, request.shard_size, limit // 8)
-        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout)
+        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout, asked)
 
 
 class Stopwatch:

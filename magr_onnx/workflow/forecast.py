@@ -33,10 +33,11 @@ from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.report.data import megabytes
+from magr_onnx.runtime.calibration import scale_tuning
 from magr_onnx.runtime.calibration.fisher import MAX_WIDTH
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Source, run_batches
-from magr_onnx.runtime.measure.layer_errors import some_for
+from magr_onnx.runtime.measure.layer_errors import output_elements, some_for
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import arithmetic, experts, growth, size_model, tied_tables
@@ -382,4 +383,7 @@ def _memory(prepared: Prepared, rows: Mapping[str, int], context: RunContext) ->
     if context.memory.large:
         return BASE + max(solver, context.memory.gram_budget + context.memory.cache)
     grams = min(context.memory.gram_budget, sum({layer.reads: 24 * layer.k**2 for layer in prepared.layers}.values()))
-    return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes)
+    data, tuning = prepared.data, 0
+    if prepared.plan.tuning is not None and data is not None:
+        tuning = scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
+    return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes, tuning)

@@ -11,6 +11,8 @@ from magr_onnx.passes.instrument.scale_inputs import with_scale_inputs
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.runtime.calibration import scale_tuning
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.layer_errors import output_elements
 from magr_onnx.workflow import mixed_precision
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.layer_round import Round, Setup, begin, write_again
@@ -26,9 +28,12 @@ def tuned(
     if stage is None or solutions is None:
         return done
     calibration = setup.calibration
-    if calibration is None or context.memory.large:
-        reason = "there are no calibration data" if calibration is None else "the model is too large to be run as a whole in the memory"
-        notes.append(f"scales were not tuned: {reason}")
+    if calibration is None:
+        notes.append("scales were not tuned: there are no calibration data")
+        return done
+    needed, limit = _memory(prepared, calibration.data), context.memory.asked
+    if context.memory.large or (limit is not None and needed > limit):
+        notes.append(f"scales were not tuned: that takes about {needed / 1e9:.1f} GB; max_memory allows it")
         return done
     base = begin(setup, search, context)
     names = tunable(base.layers, solutions, setup.tied)
@@ -68,6 +73,10 @@ def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collectio
     own = [layer for layer in layers if not layer.nested and layer.name not in shared and layer.weight_name not in tied]
     kept = {layer.name: solutions.restore(layer) for layer in own if layer.dtype == ir.DataType.FLOAT}
     return {name for name, solution in kept.items() if solution is not None and solution.quantized is not None and solution.factors is None}
+
+
+def _memory(prepared: Prepared, data: Batches) -> int:
+    return scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
 
 
 def _note(result: scale_tuning.Tuned) -> str:

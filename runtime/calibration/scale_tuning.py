@@ -40,6 +40,7 @@ FEWEST = 4  # batches, for one to be held out
 GAIN = 0.005  # least improvement, as a part of the loss: less is chance
 STEPS = 64  # in an epoch, if there are as many samples
 MOST_ELEMENTS = 1 << 26  # of outputs in a batch
+WEIGHTS, OUTPUTS = 5.5, 40.0  # bytes of memory for each byte of the float model, and for each element of outputs in a step
 WARM_UP = 8  # steps until the rate is the full one
 TINY = 1e-30
 _CACHED = 1 << 27  # elements of the float model's outputs kept in memory; where there are more, it runs anew in every epoch
@@ -104,6 +105,12 @@ def tune(
             run = _Run(student, _Goals(teacher, taps, data, mask), data, taps.reached)
             values, before, after = run.descend(Adam(start), rate, epochs, progress)
             return Tuned(values, before, after, sum(map(is_held_out, range(len(data)))), frozenset(taps.blocked))
+
+
+def memory(model_bytes: int, data: Batches, elements: int) -> int:
+    """Estimate the memory that tuning takes, bytes, of a float model with so many ``elements`` of outputs in a batch of ``data``."""
+    a_sample = elements * len(data) / (data.samples or len(data))
+    return int(WEIGHTS * model_bytes + OUTPUTS * max(a_sample, min(elements, MOST_ELEMENTS)))
 
 
 def in_steps(data: Batches, session: Session) -> Batches:

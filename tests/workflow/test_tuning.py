@@ -81,6 +81,12 @@ def test_why_nothing_was_tuned(source: object, data: object, said: str) -> None:
     assert said in note
 
 
+def test_a_limit_of_memory_is_kept_and_what_tuning_takes_is_said() -> None:
+    data, most = [{"x": random(4, 3, graphs.K, seed=i)} for i in range(8)], 5_000
+    _, report = magr_onnx.optimize(graphs.matmul(), data, quantizer="rtn", bits=2, tune_scales=True, include=["*"], max_memory=most)
+    assert any(note.startswith("scales were not tuned: that takes about 0.0 GB; max_memory") for note in report.notes)
+
+
 def test_operators_without_a_derivative_are_named() -> None:
     b = Builder()
     first = b.node("MatMul", [b.input("x", ["batch", 32]), b.constant("w1", random(32, 32))], "first")
