@@ -12,6 +12,7 @@ from magr_onnx.core.adaptive_hessian import AdaptiveHessian
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, absorbs_mean
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Array
+from magr_onnx.passes.instrument.decompose import decomposed
 from magr_onnx.passes.instrument.gradients import Gradients, adaptive_taps, fisher_taps, shaped_values
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
@@ -74,6 +75,7 @@ def collect(
     Every group of layers whose moments fit ``budget`` bytes costs a forward and a backward pass over at most `MAX_BATCHES` batches. Layers
     whose output is a model output are skipped: other outputs cannot compensate errors there, and gradients of improbable logits vanish.
     """
+    model = decomposed(model)
     outputs = {str(v.name) for v in model.graph.outputs}
     widths = {str(layer.output.name): layer.n for layer in layers if not is_wide(layer)}
     widths = {name: n for name, n in widths.items() if name not in outputs}
@@ -98,6 +100,7 @@ def collect_adaptive(
 
     Layers of more than `MAX_WIDTH` inputs or outputs are skipped.
     """
+    model = decomposed(model)
     chosen = {str(layer.output.name): (layer.reads, layer.k, layer.n) for layer in layers if not is_wide(layer, adaptive=True)}
     first = next(iter(data))
     lengths = {name: len(first[name]) for v in model.graph.inputs if (name := str(v.name)) in first and first[name].ndim}

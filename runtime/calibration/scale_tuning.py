@@ -26,6 +26,7 @@ import onnx_ir as ir
 from magr_onnx.core.adam import Adam
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.kv_cache import current_mask
+from magr_onnx.passes.instrument.decompose import decomposed
 from magr_onnx.passes.instrument.distillation import Distillation, distillation_taps
 from magr_onnx.passes.instrument.gradients import shaped_values
 from magr_onnx.passes.instrument.taps import shape_taps
@@ -92,6 +93,7 @@ def tune(
         provider: Where to run.
         progress: Told of steps.
     """
+    model = decomposed(model)
     names = shaped_values(model)
     with Session(reference, provider) as teacher:
         data = in_steps(data, teacher)
