@@ -36,6 +36,11 @@ class Solutions:
             weight = solution.quantized.dequantize()
         return replace(solution, weight=weight, target=weight)
 
+    def has_scales(self, name: str) -> bool:
+        """Return whether the weight of a layer is on a grid, with nothing beside it."""
+        solution = self._kept.get(name)
+        return solution is not None and solution.quantized is not None and solution.factors is None
+
     def scale(self, name: str, factors: Array) -> None:
         """Multiply the scales of a layer by ``factors (G, N)``."""
         solution = self._kept[name]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from magr_onnx.errors import RuntimeFailure, listed
+from magr_onnx.errors import MagrError, listed
 from magr_onnx.passes.instrument.scale_inputs import with_scale_inputs
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weighted import sharing
@@ -40,8 +40,8 @@ def tuned(
     if not names:
         notes.append("scales were not tuned: no layer has float32 scales of its own in the main graph")
         return done
-    model, inputs = with_scale_inputs(base.model, solutions.restore, names)
     try:
+        model, inputs = with_scale_inputs(base.model, solutions.restore, names)
         result = scale_tuning.tune(
             prepared.reference,
             model,
@@ -53,7 +53,7 @@ def tuned(
             provider=context.provider,
             progress=context.stage("tuning"),
         )
-    except RuntimeFailure as error:  # the model itself runs: this is about the gradients
+    except MagrError as error:  # the model itself runs: this is about the gradients
         notes.append(f"scales were not tuned: {str(error).splitlines()[0]}")
         return done
     finally:
@@ -71,8 +71,7 @@ def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collectio
     """Return the names of layers whose scales are float32, their own, and where gradients reach: in the main graph."""
     shared = sharing(layers)
     own = [layer for layer in layers if not layer.nested and layer.name not in shared and layer.weight_name not in tied]
-    kept = {layer.name: solutions.restore(layer) for layer in own if layer.dtype == ir.DataType.FLOAT}
-    return {name for name, solution in kept.items() if solution is not None and solution.quantized is not None and solution.factors is None}
+    return {layer.name for layer in own if layer.dtype == ir.DataType.FLOAT and solutions.has_scales(layer.name)}
 
 
 def _memory(prepared: Prepared, data: Batches) -> int:
@@ -80,8 +79,8 @@ def _memory(prepared: Prepared, data: Batches) -> int:
 
 
 def _note(result: scale_tuning.Tuned) -> str:
-    if not result.held_out:
-        return f"scales were not tuned: that takes {scale_tuning.FEWEST} samples or batches at least"
+    if result.why_not:
+        return f"scales were not tuned: {result.why_not}"
     reached = f"; not before {listed(sorted(result.blocked))}, which cannot be differentiated" if result.blocked else ""
     if not result.values:
         return f"tuned scales were no better on {result.held_out} held-out batches: they stay as they were{reached}"

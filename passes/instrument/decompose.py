@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.errors import ModelError
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.opset import raise_opset
@@ -27,11 +28,17 @@ _LAST = np.iinfo(np.int64).max
 
 
 def decomposed(model: ir.Model) -> ir.Model:
-    """Return a copy of the model, of opset 17 at least, with fused operators written out; the model itself where it has none of them."""
+    """Return a copy of the model, of opset 17 at least, with fused operators written out.
+
+    It is the model itself that has none of them, or cannot be converted to that opset.
+    """
     if not any(_is_fused(node) for node in model.graph):
         return model
     copy = model.clone()
-    raise_opset(copy, OPSET)
+    try:
+        raise_opset(copy, OPSET)
+    except ModelError:
+        return model
     Names.rescan(copy.graph)
     for node in list(copy.graph):
         if _is_fused(node):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.adam import Adam
 from magr_onnx.core.types import Array
+from magr_onnx.errors import listed
 from magr_onnx.passes.graph.kv_cache import current_mask
 from magr_onnx.passes.instrument.decompose import decomposed
 from magr_onnx.passes.instrument.distillation import Distillation, distillation_taps
@@ -55,15 +56,17 @@ class Tuned:
         values: Of all scale inputs that gradients reach, by name; empty where the loss did not fall.
         before: Loss on held-out batches before.
         after: The same with ``values``.
-        held_out: Number of samples held out, or of batches where these are unknown.
+        held_out: Number of batches held out.
         blocked: Operators that cannot be differentiated, before which layers stay as they are.
+        why_not: Why nothing was tried; empty if something was.
     """
 
-    values: Mapping[str, Array]
-    before: float
-    after: float
-    held_out: int
-    blocked: frozenset[str]
+    values: Mapping[str, Array] = field(default_factory=dict)
+    before: float = math.nan
+    after: float = math.nan
+    held_out: int = 0
+    blocked: frozenset[str] = frozenset()
+    why_not: str = ""
 
 
 def tune(
@@ -98,10 +101,12 @@ def tune(
     with Session(reference, provider) as teacher:
         data = in_steps(data, teacher)
         if len(data) < FEWEST:
-            return Tuned({}, math.nan, math.nan, 0, frozenset())
+            return Tuned(why_not=f"that takes {FEWEST} samples or batches at least")
         _, _, measured = next(run_batches(shape_taps(model, names), data, provider))
         shapes = {name: tuple(map(int, shape)) for name, shape in zip(names, measured, strict=True)}
         taps = distillation_taps(model, inputs, shapes, is_logits)
+        if not taps.reached:
+            return Tuned(why_not=f"{listed(sorted(taps.blocked))} cannot be differentiated" if taps.blocked else "no output has floats")
         start = {name: constant.numpy() for name in taps.reached if (constant := model.graph.initializers[name].const_value) is not None}
         with Session(taps.model, provider) as student:
             run = _Run(student, _Goals(teacher, taps, data, mask), data, taps.reached)
@@ -140,7 +145,7 @@ def in_steps(data: Batches, session: Session) -> Batches:
 
 def is_held_out(step: int) -> bool:
     """Return whether a step's batch is held out."""
-    return step % HELD_OUT == min(HELD_OUT, FEWEST) - 1
+    return step % HELD_OUT == FEWEST - 1
 
 
 class _Goals:

@@ -66,7 +66,9 @@ def test_gradients_pass_through_a_decoder_of_the_builder() -> None:
                 moved = weight.copy()
                 moved[i] += sign * step
                 values_at.append(float(np.vdot(probe.astype(np.float64), plain.run({**batch, name: moved}, ["logits"])[0])))
-            assert gradient[i] == pytest.approx((values_at[0] - values_at[1]) / (2 * step), rel=2e-2, abs=2e-2 * float(np.abs(gradient).max()))
+            assert gradient[i] == pytest.approx(
+                (values_at[0] - values_at[1]) / (2 * step), rel=2e-2, abs=2e-2 * float(np.abs(gradient).max())
+            )
 
 
 def test_a_decoder_of_the_builder_is_solved_under_gradients_and_tuned() -> None:

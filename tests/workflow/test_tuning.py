@@ -39,7 +39,7 @@ def divergence(model: ir.Model, tokens: Array) -> float:
     ids=str,
 )
 def test_tuned_scales_lower_the_divergence_on_new_text(options: dict[str, object], most: float) -> None:
-    calibration, new = {"input_ids": ids(bundled.CALIBRATION, 48)}, ids(bundled.HELD_OUT, 16)
+    calibration, new = {"input_ids": ids(bundled.CALIBRATION, 32)}, ids(bundled.HELD_OUT, 8)
     plain = magr_onnx.optimize(bundled.MODEL, calibration, quantizer="comq", **options)  # type: ignore[arg-type]
     tuned = magr_onnx.optimize(bundled.MODEL, calibration, quantizer="comq", tune_scales=True, **options)  # type: ignore[arg-type]
     assert divergence(tuned.model, new) < most * divergence(plain.model, new)
@@ -96,6 +96,16 @@ def test_operators_without_a_derivative_are_named() -> None:
     _, report = magr_onnx.optimize(model, data, bits=2, quantizer="rtn", tune_scales=True, include=["*"])
     (note,) = [note for note in report.notes if "tuned" in note]
     assert note.endswith("not before CumSum, which cannot be differentiated")
+
+
+def test_models_of_labels_alone_have_no_loss() -> None:
+    b = Builder()
+    product = b.node("MatMul", [b.input("x", ["batch", 32]), b.constant("w", random(32, 8))], "layer")
+    labels = b.node("ArgMax", [product], axis=1, keepdims=0)
+    labels.dtype = ir.DataType.INT64
+    model = b.model(labels, ["batch"])
+    _, report = magr_onnx.optimize(model, {"x": random(64, 32)}, bits=2, quantizer="rtn", tune_scales=True, include=["*"])
+    assert "scales were not tuned: no output has floats" in report.notes
 
 
 def test_layers_with_8_bit_inputs_are_refused() -> None:
