@@ -1,8 +1,9 @@
 """Fused operators of transformers in terms of ONNX's own, so that a copy of a model can be differentiated.
 
-onnxruntime's GroupQueryAttention, SkipLayerNormalization, SkipSimplifiedLayerNormalization and FastGelu, which onnxruntime-genai's model
-builder writes, have no gradient rules (`magr_onnx.passes.instrument.gradients`); what they stand for has. A form that is not supported
-stays as it is, and is reported like any operator without a rule.
+onnxruntime's GroupQueryAttention, MultiHeadAttention, RotaryEmbedding, SkipLayerNormalization, SkipSimplifiedLayerNormalization and
+FastGelu, which onnxruntime-genai's model builder and onnxruntime's transformer optimizer write, have no gradient rules
+(`magr_onnx.passes.instrument.gradients`); what they stand for has. A form that is not supported stays as it is, and is reported like any
+operator without a rule.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def _group_query_attention(n: _Nodes, node: ir.Node) -> list[ir.Value | None] | 
     before = n.constant(np.int64(0)) if past[0] is None else n.size(past[0], 2)
     rows = n.op("Add", n.op("Range", n.constant(np.int64(0)), n.size(q, 2), n.constant(np.int64(1))), before)
     if node.attributes.get_int("do_rotary", 0):
-        q, k = (_rotated(n, value, node, rows) for value in (q, k))
+        tables, positions = node.inputs[7:9], operand(node, 9)
+        q, k = (_rotated(n, value, tables, rows if positions is None else positions, positions is not None) for value in (q, k))
     keys, values = (new if old is None else n.op("Concat", old, new, axis=2) for old, new in zip(past, (k, v), strict=True))
     sizes = n.op("Slice", n.op("Shape", q), n.integers(2), n.integers(4))
     grouped = n.op("Reshape", q, n.op("Concat", n.integers(0, groups, heads // groups), sizes, axis=0))
@@ -158,15 +160,70 @@ def _group_query_attention(n: _Nodes, node: ir.Node) -> list[ir.Value | None] | 
     scores = n.op("MatMul", n.op("Mul", grouped, _scale(n, node, q)), turned)
     if softcap := node.attributes.get_float("softcap", 0.0):
         scores = n.op("Mul", n.op("Tanh", n.op("Div", scores, n.number(softcap))), n.number(softcap))
+    seen = _seen(n, rows, keys, node.attributes.get_int("local_window_size", -1))
+    weights = n.op("Softmax", n.op("Where", seen, scores, n.number(_FAR)), axis=-1)
+    mixed = n.op("Transpose", n.op("MatMul", weights, n.op("Unsqueeze", values, n.integers(2))), perm=[0, 3, 1, 2, 4])
+    return [n.op("Reshape", mixed, n.integers(0, 0, -1)), keys, values]
+
+
+def _multi_head_attention(n: _Nodes, node: ir.Node) -> list[ir.Value | None] | None:
+    """Attention of queries ``(B, S, H D)`` to keys and values ``(B, T, H D)``, behind those of the past.
+
+    Not supported: queries, keys and values in one input, keys in heads already, masks but those of elements, tables of beams.
+    """
+    key, mask, past = operand(node, 1), operand(node, 4), (operand(node, 6), operand(node, 7))
+    packed = key is None or any(v is not None and v.shape is not None and len(v.shape) != 3 for v in node.inputs[:3])
+    other_mask = mask is not None and (mask.shape is None or len(mask.shape) != 2)
+    if packed or other_mask or any(value is not None for value in node.inputs[8:]):
+        return None
+    heads, parts = node.attributes.get_int("num_heads", 0), list(node.inputs[:3])
+    if (bias := operand(node, 3)) is not None:
+        width = n.op("Slice", n.op("Shape", parts[0]), n.integers(2), n.integers(3))
+        starts = [n.integers(0), width, n.op("Add", width, width)]
+        ends = [width, n.op("Add", width, width), n.integers(_LAST)]
+        parts = [n.op("Add", x, n.op("Slice", bias, a, b, n.integers(0))) for x, a, b in zip(parts, starts, ends, strict=True)]
+    q, k, v = (_split(n, value, heads) for value in parts)
+    keys, values = (new if old is None else n.op("Concat", old, new, axis=2) for old, new in zip(past, (k, v), strict=True))
+    scores = n.op("MatMul", n.op("Mul", q, _scale(n, node, q)), n.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    if (added := operand(node, 5)) is not None:
+        scores = n.op("Add", scores, added)
+    if mask is not None:
+        real = n.op("Unsqueeze", n.op("Cast", mask, to=ir.DataType.BOOL), n.integers(1, 2))
+        scores = n.op("Where", real, scores, n.number(_FAR))
+    if node.attributes.get_int("unidirectional", 0):
+        before = n.op("Sub", n.size(keys, 2), n.size(q, 2))
+        rows = n.op("Add", n.op("Range", n.constant(np.int64(0)), n.size(q, 2), n.constant(np.int64(1))), before)
+        scores = n.op("Where", _seen(n, rows, keys), scores, n.number(_FAR))
+    mixed = n.op("Transpose", n.op("MatMul", n.op("Softmax", scores, axis=-1), values), perm=[0, 2, 1, 3])
+    return [n.op("Reshape", mixed, n.integers(0, 0, -1)), keys, values]
+
+
+def _seen(n: _Nodes, rows: ir.Value, keys: ir.Value, window: int = -1) -> ir.Value:
+    """Return which keys ``(..., T, D)`` the positions ``(S,)`` may look at: those before, and themselves; of a window, if there is one."""
     columns = n.op("Range", n.constant(np.int64(0)), n.size(keys, 2), n.constant(np.int64(1)))
     seen = n.op("LessOrEqual", columns, n.op("Unsqueeze", rows, n.integers(1)))
-    if (window := node.attributes.get_int("local_window_size", -1)) > 0:
+    if window > 0:
         first = n.op("Sub", n.op("Unsqueeze", rows, n.integers(1)), n.constant(np.int64(window)))
         seen = n.op("And", seen, n.op("Greater", columns, first))
-    weights = n.op("Softmax", n.op("Where", seen, scores, n.number(_FAR)), axis=-1)
-    mixed = n.op("MatMul", weights, n.op("Unsqueeze", values, n.integers(2)))
-    mixed = n.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
-    return [n.op("Reshape", mixed, n.integers(0, 0, -1)), keys, values]
+    return seen
+
+
+def _rotary_embedding(n: _Nodes, node: ir.Node) -> list[ir.Value | None] | None:
+    """Heads of ``(B, S, H D)``, or of ``(B, H, S, D)``, turned by the angles of positions ``(B, S)``."""
+    x, positions, *tables = node.inputs[:4]
+    assert x is not None
+    ranks = [None if value is None or value.shape is None else len(value.shape) for value in (x, positions)]
+    other = any(node.attributes.get_int(name, 0) for name in ("interleaved", "is_packed_batching"))
+    heads, part = (node.attributes.get_int(name, 0) for name in ("num_heads", "rotary_embedding_dim"))
+    known = all(table is not None and table.shape is not None and table.shape.is_static(1) for table in tables)
+    if ranks[0] not in (3, 4) or ranks[1] != 2 or other or not known or (part and not heads):
+        return None
+    if ranks[0] == 4:
+        return [_rotated(n, x, tables, positions, True)]
+    size = 2 * int(tables[0].shape[1])  # type: ignore[index, union-attr, arg-type]
+    split = n.op("Reshape", x, n.integers(0, 0, heads or -1, -1 if heads else size))
+    turned = _rotated(n, n.op("Transpose", split, perm=[0, 2, 1, 3]), tables, positions, True)
+    return [n.op("Reshape", n.op("Transpose", turned, perm=[0, 2, 1, 3]), n.integers(0, 0, -1))]
 
 
 def _inputs(n: _Nodes, node: ir.Node, heads: int, groups: int) -> Sequence[ir.Value | None]:
@@ -185,11 +242,10 @@ def _split(n: _Nodes, value: ir.Value | None, heads: int) -> ir.Value:
     return n.op("Transpose", n.op("Reshape", value, n.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3])
 
 
-def _rotated(n: _Nodes, x: ir.Value, node: ir.Node, rows: ir.Value) -> ir.Value:
-    """Turn the halves of the first part of every head by angles of its position; what is behind stays."""
-    tables, positions = node.inputs[7:9], operand(node, 9)
-    turns = [n.op("Gather", table, rows if positions is None else positions) for table in tables]
-    if positions is not None:
+def _rotated(n: _Nodes, x: ir.Value, tables: Sequence[ir.Value | None], positions: ir.Value | None, by_sample: bool) -> ir.Value:
+    """Turn the halves of the first part of every head ``(B, H, S, D)`` by the angles of its position; what is behind stays."""
+    turns = [n.op("Gather", table, positions) for table in tables]
+    if by_sample:
         turns = [n.op("Unsqueeze", turn, n.integers(1)) for turn in turns]
     cos, sin = turns
     assert tables[0] is not None
@@ -211,6 +267,8 @@ def _scale(n: _Nodes, node: ir.Node, q: ir.Value) -> ir.Value:
 _FORMS: dict[str, Callable[[_Nodes, ir.Node], list[ir.Value | None] | None]] = {
     "FastGelu": _fast_gelu,
     "GroupQueryAttention": _group_query_attention,
+    "MultiHeadAttention": _multi_head_attention,
+    "RotaryEmbedding": _rotary_embedding,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
 }

@@ -110,6 +110,61 @@ def test_forms_of_attention(attributes: dict[str, object]) -> None:
         np.testing.assert_allclose(after.run(batch)[0], before.run(batch)[0], atol=1e-4)
 
 
+MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.int32)
+OPTIONS: dict[str, tuple[dict[int, Array], dict[str, object]]] = {
+    "plain": ({}, {}),
+    "bias": ({3: random(3 * HEADS * SIZE, seed=7, scale=1.0)}, {}),
+    "mask": ({4: MASK}, {}),
+    "bias of scores": ({5: random(1, HEADS, 4, 6, seed=8, scale=2.0)}, {}),
+    "scale": ({}, {"scale": 0.5}),
+    "past": ({6: random(2, HEADS, 3, SIZE, seed=5), 7: random(2, HEADS, 3, SIZE, seed=6)}, {}),
+    "unidirectional": ({}, {"unidirectional": 1}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_forms_of_multi_head_attention(option: str) -> None:
+    more, attributes = OPTIONS[option]
+    b = Builder(17)
+    length = 4 if option == "unidirectional" else 6
+    inputs: list[ir.Value | None] = [b.input(name, ["batch", n, HEADS * SIZE]) for name, n in (("q", 4), ("k", length), ("v", length))]
+    inputs += [b.constant(f"input_{i}", more[i]) if i in more else None for i in range(3, max(more, default=2) + 1)]
+    present = ["present_key", "present_value"] * (option == "past")
+    node = ir.node(
+        "MultiHeadAttention", inputs, {"num_heads": HEADS, **attributes}, domain="com.microsoft", num_outputs=1 + len(present), name="mha"
+    )
+    for value, name in zip(node.outputs, ("y", *present), strict=True):
+        value.name, value.dtype = name, ir.DataType.FLOAT
+    b.nodes.append(node)
+    model = b.model(node.outputs[0], ["batch", 4, HEADS * SIZE])
+    model.opset_imports["com.microsoft"] = 1
+    batch = {name: random(2, n, HEADS * SIZE, seed=i, scale=2.0) for i, (name, n) in enumerate((("q", 4), ("k", length), ("v", length)))}
+    written_out = decomposed(model)
+    assert not fused(written_out)
+    with Session(model) as before, Session(written_out) as after:
+        np.testing.assert_allclose(after.run(batch)[0], before.run(batch)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("part", [0, 8])
+def test_rotary_embeddings(part: int, rank: int) -> None:
+    b = Builder(17)
+    shape: list[int | str] = ["batch", 5, HEADS * SIZE] if rank == 3 else ["batch", HEADS, 5, SIZE]
+    x, positions = b.input("x", shape), b.input("positions", ["batch", 5], ir.DataType.INT64)
+    tables = [b.constant(name, table[:, : (part or SIZE) // 2]) for name, table in zip(("cos", "sin"), decoders.angles(), strict=True)]
+    attributes = {"rotary_embedding_dim": part, "num_heads": HEADS} if part else {}
+    node = ir.node("RotaryEmbedding", [x, positions, *tables], attributes, domain="com.microsoft", name="rotary")
+    node.outputs[0].name, node.outputs[0].dtype = "out", ir.DataType.FLOAT
+    b.nodes.append(node)
+    model = b.model(node.outputs[0], shape)
+    model.opset_imports["com.microsoft"] = 1
+    batch = {"x": random(2, *(int(d) for d in shape[1:]), scale=2.0), "positions": np.random.default_rng(0).integers(0, 30, (2, 5))}
+    written_out = decomposed(model)
+    assert not fused(written_out)
+    with Session(model) as before, Session(written_out) as after:
+        np.testing.assert_allclose(after.run(batch)[0], before.run(batch)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "FastGelu"])
 def test_norms_and_gelu(kind: str, bias: bool) -> None:
