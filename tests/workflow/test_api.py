@@ -20,7 +20,7 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import Plan, find
 from magr_onnx.passes.emit.readback import digest, read_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
-from magr_onnx.workflow import solve, verify_output
+from magr_onnx.workflow import layer_round, verify_output
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import few_samples, next_token_nats
@@ -112,7 +112,7 @@ def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> Non
 def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.onnx"
     chosen: dict[str, str] = {}
-    run_layers = solve.run_layers
+    run_layers = layer_round.run_layers
 
     def spy(plan: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
         def keep(solved: Any) -> None:
@@ -121,7 +121,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
         run_layers(plan, layers, stats, keep, *rest)
 
-    monkeypatch.setattr(solve, "run_layers", spy)
+    monkeypatch.setattr(layer_round, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, bits=3)
     found = {name: digest(weight) for name, weight in read_weights(ir.load(out)).items()}
     assert found == chosen
