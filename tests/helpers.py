@@ -35,6 +35,16 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
 
+SPECS = [
+    WeightSpec(2, 32),
+    WeightSpec(3, None),
+    WeightSpec(4, 20),
+    WeightSpec(4, None, symmetric=True),
+    WeightSpec(4, 32, True, scale_dtype="float16"),
+]
+"""Grids of every kind: blocks that end short or not, channels, a fixed zero point, scales in half precision."""
+
+
 def run_program(name: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run a module of ``tests`` in a process of its own; the JSON object that is its last line."""
     command = [sys.executable, "-m", f"tests.{name}", *map(str, arguments)]

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from magr_onnx.core.types import Array
 
-BETAS = (0.9, 0.95)
 EPSILON = 1e-12  # of gradients of losses of any size
 
 
 class Adam:
-    """Parameters on their way.
+    """One array on its way.
 
     Attributes:
-        parameters: Their values now, by name.
+        values: It now.
     """
 
-    def __init__(self, parameters: Mapping[str, Array]) -> None:
-        """Begin with copies of ``parameters``."""
-        self.parameters = {name: np.array(value, np.float32) for name, value in parameters.items()}
-        self._first = {name: np.zeros_like(value) for name, value in self.parameters.items()}
-        self._second = {name: np.zeros_like(value) for name, value in self.parameters.items()}
-        self._steps = 0
+    def __init__(self, values: Array, second: float = 0.999) -> None:
+        """Begin with a copy of ``values``; ``second`` is the decay of the mean square, that of the mean is 0.9."""
+        self.values = np.array(values, np.float32)
+        self._means, self._squares = np.zeros_like(self.values), np.zeros_like(self.values)
+        self._decays, self._steps = (0.9, second), 0
 
-    def step(self, gradients: Mapping[str, Array], rate: float) -> None:
-        """Move every parameter that has a gradient by about the rate."""
+    def step(self, gradient: Array, rate: float) -> None:
+        """Move by about the rate against a gradient of the shape of ``values``."""
         self._steps += 1
-        corrections = [1 - beta**self._steps for beta in BETAS]
-        for name, gradient in gradients.items():
-            first, second = self._first[name], self._second[name]
-            first += (1 - BETAS[0]) * (gradient - first)
-            second += (1 - BETAS[1]) * (np.square(gradient) - second)
-            self.parameters[name] -= rate * (first / corrections[0]) / (np.sqrt(second / corrections[1]) + EPSILON)
+        first, second = self._decays
+        self._means += (1 - first) * (gradient - self._means)
+        self._squares += (1 - second) * (np.square(gradient) - self._squares)
+        size = np.sqrt(self._squares / (1 - second**self._steps))
+        size += np.float32(EPSILON)
+        self.values -= np.float32(rate / (1 - first**self._steps)) * self._means / size

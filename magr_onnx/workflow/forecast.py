@@ -29,18 +29,17 @@ from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.errors import translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.passes import Plan
-from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.experts import ExpertLayer
 from magr_onnx.report.data import megabytes
-from magr_onnx.runtime.calibration import scale_tuning
+from magr_onnx.runtime.calibration.first_shapes import first_shapes
 from magr_onnx.runtime.calibration.fisher import MAX_WIDTH
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut, Parts
-from magr_onnx.runtime.data.sources import Source, run_batches
-from magr_onnx.runtime.measure.layer_errors import output_elements, some_for
+from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.measure.layer_errors import some_for
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Session
-from magr_onnx.workflow import arithmetic, experts, growth, size_model, tied_tables
+from magr_onnx.workflow import arithmetic, experts, growth, size_model, tied_tables, tuning
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
 from magr_onnx.workflow.progress import duration
@@ -238,8 +237,8 @@ def _rows(prepared: Prepared, context: RunContext) -> dict[str, int]:
     names = list(dict.fromkeys(layer.reads for layer in prepared.layers if not layer.nested))
     rows = dict.fromkeys((layer.reads for layer in prepared.layers), whole)
     if names and not context.memory.large:
-        _, _, shapes = next(run_batches(shape_taps(prepared.model, names), data, context.provider))
-        rows |= {name: len(data) * math.prod(map(int, shape[:-1])) for name, shape in zip(names, shapes, strict=True)}
+        shapes = first_shapes(prepared.model, names, data, context.provider)
+        rows |= {name: len(data) * math.prod(shape[:-1]) for name, shape in shapes.items()}
     return rows
 
 
@@ -383,7 +382,5 @@ def _memory(prepared: Prepared, rows: Mapping[str, int], context: RunContext) ->
     if context.memory.large:
         return BASE + max(solver, context.memory.gram_budget + context.memory.cache)
     grams = min(context.memory.gram_budget, sum({layer.reads: 24 * layer.k**2 for layer in prepared.layers}.values()))
-    data, tuning = prepared.data, 0
-    if prepared.plan.tuning is not None and data is not None:
-        tuning = scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
-    return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes, tuning)
+    tunes = 0 if prepared.plan.tuning is None or prepared.data is None else tuning.memory(prepared, prepared.data)
+    return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes, tunes)

@@ -31,7 +31,7 @@ def tuned(
     if calibration is None:
         notes.append("scales were not tuned: there are no calibration data")
         return done
-    needed, limit = _memory(prepared, calibration.data), context.memory.asked
+    needed, limit = memory(prepared, calibration.data), context.memory.asked
     if context.memory.large or (limit is not None and needed > limit):
         notes.append(f"scales were not tuned: that takes about {needed / 1e9:.1f} GB; max_memory allows it")
         return done
@@ -74,7 +74,8 @@ def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collectio
     return {layer.name for layer in own if layer.dtype == ir.DataType.FLOAT and solutions.has_scales(layer.name)}
 
 
-def _memory(prepared: Prepared, data: Batches) -> int:
+def memory(prepared: Prepared, data: Batches) -> int:
+    """Estimate the memory that tuning takes, bytes."""
     return scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
 
 

@@ -14,8 +14,8 @@ from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Array
 from magr_onnx.passes.instrument.decompose import decomposed
 from magr_onnx.passes.instrument.gradients import Gradients, adaptive_taps, fisher_taps, shaped_values
-from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.runtime.calibration.first_shapes import first_shapes
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.sources import Batches, Steps, part_of, run_batches
@@ -152,9 +152,7 @@ def _collect(
     """
     if not widths:
         return moments
-    names = shaped_values(model)
-    _, _, measured = next(run_batches(shape_taps(model, names), data, provider))
-    shapes = {name: tuple(map(int, shape)) for name, shape in zip(names, measured, strict=True)}
+    shapes = first_shapes(model, shaped_values(model), data, provider)
     groups = split_by_budget(([name] for name in widths), lambda name: (name, 16 * widths[name] ** 2), budget)
     for index, group in enumerate(groups):
         taps = tapped(group, shapes)

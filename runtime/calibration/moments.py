@@ -16,12 +16,13 @@ from magr_onnx.core.moments import MomentAccumulator, split_stats
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.instrument.inline import inline_and_rename
-from magr_onnx.passes.instrument.taps import Tap, gram_taps, shape_taps
+from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weighted import WeightedNode, by_weight
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.first_shapes import first_shapes
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut, Parts
@@ -135,10 +136,8 @@ def few_rows(model: ir.Model, widths: Mapping[str, int], context: CalibrationCon
     wide = {name: k for name, k in widths.items() if few(1, k)}
     if not wide:
         return set()
-    count = len(context.data)
-    _, _, shapes = next(run_batches(shape_taps(model, list(wide)), context.data, context.provider))
-    rows = (count * math.prod(map(int, shape[:-1])) for shape in shapes)
-    return {name for (name, k), n in zip(wide.items(), rows, strict=True) if few(n, k)}
+    shapes = first_shapes(model, list(wide), context.data, context.provider)
+    return {name for name, k in wide.items() if few(len(context.data) * math.prod(shapes[name][:-1]), k)}
 
 
 def not_finite(value: str, readers: Sequence[WeightedNode], where: str) -> str:

@@ -30,10 +30,10 @@ from magr_onnx.passes.graph.kv_cache import current_mask
 from magr_onnx.passes.instrument.decompose import decomposed
 from magr_onnx.passes.instrument.distillation import Distillation, distillation_taps
 from magr_onnx.passes.instrument.gradients import shaped_values
-from magr_onnx.passes.instrument.taps import shape_taps
+from magr_onnx.runtime.calibration.first_shapes import first_shapes
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.fixed_batch import Group
-from magr_onnx.runtime.data.sources import Batches, Steps, run_batches, shapes_of
+from magr_onnx.runtime.data.sources import Batches, Steps, shapes_of
 from magr_onnx.runtime.measure.validate import is_logits
 from magr_onnx.runtime.ort.session import Batch, Model, Session
 
@@ -43,6 +43,7 @@ GAIN = 0.005  # least improvement, as a part of the loss: less is chance
 STEPS = 64  # in an epoch, if there are as many samples
 MOST_ELEMENTS = 1 << 26  # of outputs in a batch
 WEIGHTS, OUTPUTS = 5.5, 40.0  # bytes of memory for each byte of the float model, and for each element of outputs in a step
+SECOND = 0.95  # decay of the mean squares of gradients: steps are few
 WARM_UP = 8  # steps until the rate is the full one
 TINY = 1e-30
 _CACHED = 1 << 27  # elements of the float model's outputs kept in memory; where there are more, it runs anew in every epoch
@@ -102,15 +103,14 @@ def tune(
         data = in_steps(data, teacher)
         if len(data) < FEWEST:
             return Tuned(why_not=f"that takes {FEWEST} samples or batches at least")
-        _, _, measured = next(run_batches(shape_taps(model, names), data, provider))
-        shapes = {name: tuple(map(int, shape)) for name, shape in zip(names, measured, strict=True)}
-        taps = distillation_taps(model, inputs, shapes, is_logits)
+        taps = distillation_taps(model, inputs, first_shapes(model, names, data, provider), is_logits)
         if not taps.reached:
             return Tuned(why_not=f"{listed(sorted(taps.blocked))} cannot be differentiated" if taps.blocked else "no output has floats")
-        start = {name: constant.numpy() for name in taps.reached if (constant := model.graph.initializers[name].const_value) is not None}
+        starts = {name: model.graph.initializers[name].const_value for name in taps.reached}
+        factors = {name: Adam(start.numpy(), SECOND) for name, start in starts.items() if start is not None}
         with Session(taps.model, provider) as student:
-            run = _Run(student, _Goals(teacher, taps, data, mask), data, taps.reached)
-            values, before, after = run.descend(Adam(start), rate, epochs, progress)
+            run = _Run(student, _Goals(teacher, taps, data, mask), data, factors)
+            values, before, after = run.descend(rate, epochs, progress)
             return Tuned(values, before, after, sum(map(is_held_out, range(len(data)))), frozenset(taps.blocked))
 
 
@@ -130,9 +130,8 @@ def in_steps(data: Batches, session: Session) -> Batches:
     if not dynamic or any(len(count) != 1 or () in count for count in counts):
         return data
     sizes = [count.pop()[0] for count in counts]
-    first = next(iter(data))
-    elements = sum(np.size(y) for y in session.run(first)) / sizes[0]
-    size = int(max(1, min(sum(sizes) // STEPS, MOST_ELEMENTS // max(elements, 1))))
+    elements = sum(np.size(y) for y in session.run(Group(0, 1).part(next(iter(data)))))
+    size = max(1, min(sum(sizes) // STEPS, MOST_ELEMENTS // max(elements, 1)))
     groups = [[Group(at, min(size, count - at)) for at in range(0, count, size)] for count in sizes]
     parts = [(i, group) for i, batch in enumerate(groups) for group in batch]
 
@@ -185,37 +184,41 @@ class _Goals:
 class _Run:
     """The descent of a session's inputs."""
 
-    def __init__(self, student: Session, goals: _Goals, data: Batches, reached: Sequence[str]) -> None:
-        count = len(student.outputs) - len(reached)
-        self._losses, self._student, self._goals, self._data, self._reached = student.outputs[:count], student, goals, data, reached
+    def __init__(self, student: Session, goals: _Goals, data: Batches, factors: Mapping[str, Adam]) -> None:
+        """``factors`` are the inputs that descend; the student's outputs are its losses, and gradients by them in their order."""
+        self._losses = student.outputs[: len(student.outputs) - len(factors)]
+        self._student, self._goals, self._data, self._factors = student, goals, data, factors
 
-    def descend(self, adam: Adam, rate: float, epochs: int, progress: Steps | None) -> tuple[Mapping[str, Array], float, float]:
+    def descend(self, rate: float, epochs: int, progress: Steps | None) -> tuple[Mapping[str, Array], float, float]:
         """Return the values of least loss on held-out batches, none where it did not fall, and that loss before and after."""
         report = progress or (lambda done, total: None)
-        training = [step for step in range(len(self._data)) if not is_held_out(step)]
-        done, total = 0, epochs * len(training)
+        done, total = 0, epochs * sum(not is_held_out(step) for step in range(len(self._data)))
         report(0, total)
-        before = least = self._held_out_loss(adam.parameters)
+        before = least = self._held_out_loss()
         best: Mapping[str, Array] = {}
         for _ in range(epochs):
             for step, batch in enumerate(self._data):
                 if is_held_out(step):
                     continue
-                outputs = self._student.run({**self._goals.feeds(step, batch), **adam.parameters})
-                gradients = dict(zip(self._reached, outputs[len(self._losses) :], strict=True))
-                if all(np.isfinite(gradient).all() for gradient in gradients.values()):
+                gradients = self._student.run({**self._goals.feeds(step, batch), **self._values})[len(self._losses) :]
+                if all(np.isfinite(gradient).all() for gradient in gradients):
                     share = min(1.0, (done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done / total))
-                    adam.step(gradients, share * rate)
+                    for factor, gradient in zip(self._factors.values(), gradients, strict=True):
+                        factor.step(gradient, share * rate)
                 done += 1
                 report(done, total)
-            loss = self._held_out_loss(adam.parameters)
+            loss = self._held_out_loss()
             if loss < least:
-                best, least = {name: value.copy() for name, value in adam.parameters.items()}, loss
+                best, least = {name: value.copy() for name, value in self._values.items()}, loss
         return (best, before, least) if least < (1 - GAIN) * before else ({}, before, before)
 
-    def _held_out_loss(self, values: Mapping[str, Array]) -> float:
+    @property
+    def _values(self) -> dict[str, Array]:
+        return {name: factor.values for name, factor in self._factors.items()}
+
+    def _held_out_loss(self) -> float:
         losses = [
-            sum(map(float, self._student.run({**self._goals.feeds(step, batch), **values}, self._losses)))
+            sum(map(float, self._student.run({**self._goals.feeds(step, batch), **self._values}, self._losses)))
             for step, batch in enumerate(self._data)
             if is_held_out(step)
         ]

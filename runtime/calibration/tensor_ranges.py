@@ -12,12 +12,13 @@ import onnx_ir as ir
 from magr_onnx.core.activation_ranges import LEAST_LEVELS, MOST_LEVELS, Histogram, Method, candidates, grid_near_levels, grid_of_levels
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.passes.instrument.taps import Tap, shape_taps
+from magr_onnx.passes.instrument.taps import Tap
 from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.passes.tensors.region import SharedGrid
 from magr_onnx.runtime.calibration.activation_ranges import histograms_of, hold_out_of
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.sources import Steps, run_batches
+from magr_onnx.runtime.calibration.first_shapes import first_shapes
+from magr_onnx.runtime.data.sources import Steps
 
 INPUTS, SAME_END = 8, 0.02  # batches that tell whether an input is on a grid, and what parts of a range may lack of it
 MASK_RATIO, MASKED = 8.0, 20.0
@@ -91,9 +92,9 @@ def _others(model: ir.Model, values: Sequence[ir.Value], context: CalibrationCon
 
     Channels are the second axis of matrices and images, and the last one of sequences where its length is known; None without any.
     """
-    _, _, shapes = next(run_batches(shape_taps(model, [str(value.name) for value in values]), context.data, context.provider))
+    shapes = first_shapes(model, [str(value.name) for value in values], context.data, context.provider)
     found: list[tuple[int, ...] | None] = []
-    for value, rank in zip(values, map(len, shapes), strict=True):
+    for value, rank in zip(values, map(len, shapes.values()), strict=True):
         known = rank != 3 or (value.shape is not None and value.shape.is_static(2))
         channels = 2 if rank == 3 else 1
         found.append(tuple(axis for axis in range(rank) if axis != channels) if rank > 1 and known else None)

@@ -13,17 +13,9 @@ from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.ort.session import Session
-from tests.helpers import Array
+from tests.helpers import SPECS, Array
 
-SPECS = [
-    WeightSpec(2, 32),
-    WeightSpec(3, None),
-    WeightSpec(4, 20),
-    WeightSpec(4, None, symmetric=True),
-    WeightSpec(4, 32, True, scale_dtype="float16"),
-    WeightSpec(8, 7),
-]
-some_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
+some_specs = pytest.mark.parametrize("spec", [*SPECS, WeightSpec(8, 7)], ids=str)
 
 
 def heavy(k: int = 90, n: int = 12, seed: int = 0) -> Array:

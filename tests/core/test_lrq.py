@@ -16,16 +16,9 @@ from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
-from tests.helpers import Array, activations, few_samples, gptq_quantized, layer
+from tests.helpers import SPECS, Array, activations, few_samples, gptq_quantized, layer
 
 K, N = 90, 12
-SPECS = [
-    WeightSpec(2, 32),
-    WeightSpec(3, None),
-    WeightSpec(4, 20),
-    WeightSpec(4, None, symmetric=True),
-    WeightSpec(4, 32, True, scale_dtype="float16"),
-]
 some_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 

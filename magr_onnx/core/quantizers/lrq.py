@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from magr_onnx.core.adam import Adam
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import blocks, stored
 from magr_onnx.core.option_spec import OptionSpec
@@ -35,43 +36,24 @@ from magr_onnx.core.types import Array, QuantizedWeight, column_parts
 
 RANK, ITERATIONS = 32, 300
 STARTS = {"rtn": rtn.run, "gptq": gptq.run, "comq": comq.run}
-_RATE = 0.1  # of Adam, over the rank: the entries of A B move by about this much in a step
+_RATE = 0.1  # of Adam at the beginning, from where it falls to zero, over the rank: the entries of A B move by about this much in a step
 _FULL_RATE, _SCALE_RATE = 2e-3, 1e-3
-_FIRST, _SECOND = 0.9, 0.999  # decay of Adam's moments
 _INSIDE = 0.49  # of a step from its code, where W is moved there
 _MOST = 5.0  # of a logarithm
-
-
-class Adam:
-    """Adam (Kingma and Ba, arXiv 1412.6980) for one array, changed in place; the rate falls to zero linearly."""
-
-    def __init__(self, values: Array, rate: float, steps: int) -> None:
-        self.values, self.rate, self.steps, self.done = values, rate, steps, 0
-        self.first, self.second = np.zeros_like(values), np.zeros_like(values)
-
-    def step(self, gradient: Array) -> None:
-        """Take one step against a gradient of the shape of ``values``."""
-        rate = self.rate * (1 - self.done / self.steps)
-        self.done += 1
-        self.first += (1 - _FIRST) * (gradient - self.first)
-        self.second += (1 - _SECOND) * (np.square(gradient) - self.second)
-        size = np.sqrt(self.second / (1 - _SECOND**self.done))
-        size += np.float32(1e-12)  # gradients are in units of their mean size
-        self.values -= np.float32(rate / (1 - _FIRST**self.done)) * self.first / size
 
 
 class Factors:
     """The logarithms S ``(K, N)`` of the factors, and their parameters; all zero at the start."""
 
-    def __init__(self, shape: tuple[int, int], rank: int | None, steps: int) -> None:
+    def __init__(self, shape: tuple[int, int], rank: int | None) -> None:
         k, n = shape
         self.rank = rank if rank is None else min(rank, k, n)
         if self.rank is None:
-            self.full = Adam(np.zeros(shape, np.float32), _FULL_RATE, steps)
+            self.full = Adam(np.zeros(shape, np.float32))
             return
         normal = np.random.default_rng(0).standard_normal((k, self.rank)).astype(np.float32)
         starts = normal, *(np.zeros(s, np.float32) for s in ((self.rank, n), (k, 1), (1, n)))
-        self.a, self.b, self.row, self.column = (Adam(start, _RATE / self.rank, steps) for start in starts)
+        self.a, self.b, self.row, self.column = (Adam(start) for start in starts)
 
     def logs(self) -> Array:
         """Return S."""
@@ -79,16 +61,17 @@ class Factors:
         clipped: Array = np.clip(s, -_MOST, _MOST)
         return clipped
 
-    def step(self, gradient: Array) -> None:
-        """Take a step of all parameters from the gradient of S ``(K, N)``."""
+    def step(self, gradient: Array, share: float) -> None:
+        """Take a step of all parameters, with a share of their rates, from the gradient of S ``(K, N)``."""
         if self.rank is None:
-            self.full.step(gradient)
+            self.full.step(gradient, _FULL_RATE * share)
             return
+        rate = _RATE / self.rank * share
         of_a, of_b = gradient @ self.b.values.T, self.a.values.T @ gradient
-        self.a.step(of_a)
-        self.b.step(of_b)
-        self.row.step(gradient.sum(axis=1, keepdims=True))
-        self.column.step(gradient.sum(axis=0, keepdims=True))
+        self.a.step(of_a, rate)
+        self.b.step(of_b, rate)
+        self.row.step(gradient.sum(axis=1, keepdims=True), rate)
+        self.column.step(gradient.sum(axis=0, keepdims=True), rate)
 
 
 def refine(
@@ -124,7 +107,7 @@ def _refine(weights: Array, target: Array, start: QuantizedWeight, gram: Gram, r
     zeros = start.zero_points.astype(np.float32)[rows]
     low, high = -zeros, spec.top - zeros
     moved = _moved(weights, start)
-    factors, logs = Factors(target.shape, rank, iterations), Adam(np.zeros_like(start.scales), _SCALE_RATE, iterations)
+    factors, logs = Factors(target.shape, rank), Adam(np.zeros_like(start.scales))
     codes, scales, best = start.codes.copy(), start.scales.copy(), np.full(target.shape[1], np.inf)
     errors: list[float] = []
     for iteration in range(iterations + 1):
@@ -145,8 +128,9 @@ def _refine(weights: Array, target: Array, start: QuantizedWeight, gram: Gram, r
         if iteration == iterations or not 0 < size < np.inf:
             break
         of_scales = blocks(slope * (rounded - exact), spec).sum(axis=1)
-        factors.step(of_logs / np.float32(size))
-        logs.step(of_scales / np.float32(size))
+        share = 1 - iteration / iterations
+        factors.step(of_logs / np.float32(size), share)
+        logs.step(of_scales / np.float32(size), _SCALE_RATE * share)
     return Refined(QuantizedWeight(codes, scales, start.zero_points, spec), tuple(errors))
 
 
