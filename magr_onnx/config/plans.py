@@ -15,9 +15,9 @@ from magr_onnx.passes.emit import FORMATS, Format
 from magr_onnx.passes.plan import form_problems
 
 CONV_BITS = 8
-MOST_TUNED_BITS = 4
-"""Bits up to which scales are tuned at effort best: errors of more are too small to pay for it."""
-
+EPOCHS = {"balanced": {2: 1, 3: 1}, "best": {2: 3, 3: 3, 4: 3}}
+"""Passes over the data that tune scales, by effort and bits: errors of more bits are too small to pay for it."""
+RATES = {2: 6e-3}  # of tuning, by bits, where not the usual one
 
 _REWRITES: tuple[type[passes.Rewrite], ...] = (passes.Equalize, passes.SplitOutliers, passes.TwinRanges)
 
@@ -167,10 +167,12 @@ def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:
 
 
 def _tuning(options: Options, form: Format, effort: str | None, bits: int) -> passes.TuneScales | None:
-    """Make the stage that tunes scales: if asked for, or at the best effort, of few bits, where layers have float inputs."""
-    usual = effort == "best" and bits <= MOST_TUNED_BITS and form.emitter.input_grids is None
-    asked = options.get("tune_scales")
-    return passes.TuneScales() if (usual if asked is None else asked) else None
+    """Make the stage that tunes scales: if asked for, or as the effort does, of few bits, where layers have float inputs."""
+    asked, usual = options.get("tune_scales"), passes.TuneScales()
+    epochs = EPOCHS.get(effort or "", {}).get(bits, 0) if form.emitter.input_grids is None else 0
+    if not (epochs if asked is None else asked):
+        return None
+    return passes.TuneScales(epochs if asked is None else usual.epochs, RATES.get(bits, usual.rate), bounded=asked is None)
 
 
 def _activations(form: Format, options: Options) -> passes.QuantizeActivations | None:

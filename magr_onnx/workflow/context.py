@@ -41,6 +41,7 @@ class Memory:
         gram_budget: Bytes of Gram matrices held at a time.
         cache: Bytes of values between stages held in memory.
         layout: How the result is laid out in files.
+        limit: Bytes that a run may use.
         asked: The limit that was asked for, bytes; None for the usual one, which running a model as a whole may exceed.
     """
 
@@ -48,6 +49,7 @@ class Memory:
     gram_budget: int
     cache: int
     layout: Layout
+    limit: int = DEFAULT_MEMORY
     asked: int | None = None
 
     @staticmethod
@@ -57,9 +59,9 @@ class Memory:
         asked = request.max_memory
         if WHOLE * model_bytes + GRAM * widest**2 <= limit:
             layout = Layout(request.external_data, request.shard_size, INLINE_LIMIT)
-            return Memory(False, request.gram_budget, request.cache, layout, asked)
+            return Memory(False, request.gram_budget, request.cache, layout, limit, asked)
         layout = Layout(request.external_data, request.shard_size, limit // 8)
-        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout, asked)
+        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout, limit, asked)
 
 
 class Stopwatch:

@@ -155,6 +155,7 @@ def measure(request: OptimizeRequest) -> Forecast:
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads.single_threaded_blas())
         prepared, context = prepare(replace(request, resume=None, workers=None), stack)
+        prepared = tuning.planned(prepared, context)
         worker.wait()
         rate, rows = product_rate(), _rows(prepared, context)
         passes = _Passes.timed(prepared, rows, rate, context)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from magr_onnx.errors import MagrError, listed
 from magr_onnx.passes.instrument.scale_inputs import with_scale_inputs
+from magr_onnx.passes.layer_passes.scale_tuning import TuneScales
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.runtime.calibration import scale_tuning
@@ -29,11 +31,12 @@ def tuned(
         return done
     calibration = setup.calibration
     if calibration is None:
-        notes.append("scales were not tuned: there are no calibration data")
+        if not stage.bounded:  # it was asked for
+            notes.append("scales were not tuned: there are no calibration data")
         return done
-    needed, limit = memory(prepared, calibration.data), context.memory.asked
-    if context.memory.large or (limit is not None and needed > limit):
-        notes.append(f"scales were not tuned: that takes about {needed / 1e9:.1f} GB; max_memory allows it")
+    needed = memory(prepared, calibration.data)
+    if not fits(stage, needed, context):
+        notes.append(f"scales were not tuned: that takes about {needed / 1e9:.1f} GB; a higher max_memory allows it")
         return done
     base = begin(setup, search, context)
     names = tunable(base.layers, solutions, setup.tied)
@@ -77,6 +80,20 @@ def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collectio
 def memory(prepared: Prepared, data: Batches) -> int:
     """Estimate the memory that tuning takes, bytes."""
     return scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
+
+
+def planned(prepared: Prepared, context: RunContext) -> Prepared:
+    """Return a prepared run without tuning in its plan where there will be none."""
+    stage, data = prepared.plan.tuning, prepared.data
+    if stage is None or (data is not None and fits(stage, memory(prepared, data), context)):
+        return prepared
+    return replace(prepared, plan=replace(prepared.plan, tuning=None))
+
+
+def fits(stage: TuneScales, needed: int, context: RunContext) -> bool:
+    """Whether a run may take the memory, bytes, that tuning needs."""
+    limit = context.memory.limit if stage.bounded else context.memory.asked
+    return not context.memory.large and (limit is None or needed <= limit)
 
 
 def _note(result: scale_tuning.Tuned) -> str:

@@ -25,6 +25,7 @@ from magr_onnx.report.reasons import IntegerReason
 from magr_onnx.report.verification import LayerVerdict
 from magr_onnx.runtime.measure import overflow
 from magr_onnx.runtime.ort import session, worker
+from magr_onnx.runtime.ort.session import Weights
 
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 
@@ -109,13 +110,14 @@ def verify_file(
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
         with worker.as_file(path) as file:
-            worker.run_in_worker(session.load, size, path=file, provider=name, lean=size > LARGE)
+            weights = Weights.MAPPED if size > LARGE else Weights.PACKED
+            worker.run_in_worker(session.load, size, path=file, provider=name, weights=weights)
         return
     except (RuntimeFailure, worker.WorkerCrashed) as error:
         result = error
     try:
         with worker.as_file(source) as file:
-            worker.run_in_worker(session.load, size, path=file, provider=name, lean=True)
+            worker.run_in_worker(session.load, size, path=file, provider=name, weights=Weights.MAPPED)
     except worker.WorkerCrashed as error:
         raise ModelError(f"{error} while it loaded the model itself; nothing was written") from error
     raise MagrError(

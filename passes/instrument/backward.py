@@ -98,6 +98,11 @@ class Backward:
     def op(self, name: str, *inputs: Maybe, **attributes: Any) -> ir.Value:
         return self.graph.add(name, inputs, self._name(), **attributes)
 
+    def microsoft(self, name: str, *inputs: Maybe, **attributes: Any) -> ir.Value:
+        """Add an operator of onnxruntime's own domain."""
+        self.graph.model.opset_imports.setdefault("com.microsoft", 1)
+        return self.graph.append(self.graph.model.graph, ir.node(name, inputs, attributes, domain="com.microsoft", name=self._name()))[0]
+
     def _name(self) -> str:
         self._count += 1
         return f"__grad_{self._count}"
@@ -128,6 +133,9 @@ class Backward:
 
     def mean(self, value: Maybe, axis: int = -1) -> ir.Value:
         return self.graph.along("ReduceMean", value, [axis], self._name(), since=18, keepdims=1)
+
+    def maximum(self, value: Maybe, axis: int = -1) -> ir.Value:
+        return self.graph.along("ReduceMax", value, [axis], self._name(), since=18, keepdims=1)
 
     def unsqueeze(self, value: Maybe, axes: Sequence[int]) -> ir.Value:
         return self.graph.along("Unsqueeze", value, axes, self._name())

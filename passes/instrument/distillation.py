@@ -12,19 +12,34 @@ from magr_onnx.passes.instrument.gradients import judged_outputs, seed_of
 from magr_onnx.passes.instrument.taps import Extension
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Inputs of a copied model that tell what one of its outputs is compared with.
+
+    Attributes:
+        goal: Probabilities, for logits; else the other model's output.
+        weights: Weights of rows ``(..., 1)``.
+        entropy: Entropies of the probabilities ``(..., 1)``, nats; empty where the output is not logits.
+    """
+
+    goal: str
+    weights: str
+    entropy: str = ""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Distillation:
     """A model that compares its outputs with those of another one, and differentiates by some of its values.
 
     Attributes:
         model: Its outputs are the loss of every judged output, and then the gradients of their sum by ``reached``.
-        outputs: The outputs judged, each with the names of the inputs that take the other model's output, and weights of its rows.
+        targets: The outputs judged, each with what it is compared with.
         reached: The values that have a gradient, in order.
         blocked: Operators that cannot be differentiated.
     """
 
     model: ir.Model
-    outputs: dict[str, tuple[str, str]]
+    targets: dict[str, Target]
     reached: list[str]
     blocked: set[str]
 
@@ -45,25 +60,41 @@ def distillation_taps(
     """
     copy = Extension(model)
     backward = Backward(copy, shapes)
-    seeds, losses, outputs = {}, [], {}
+    seeds, losses, targets = {}, [], {}
     for i, (name, out, rank) in enumerate(judged_outputs(backward, shapes)):
-        goal, weights = (
-            ir.val(copy.names.value(f"__{what}_{i}"), ir.DataType.FLOAT, ir.Shape([None] * rank)) for what in ("goal", "weights")
-        )
-        copy.model.graph.inputs.extend([goal, weights])
-        outputs[name] = str(goal.name), str(weights.name)
-        if logits(name, rank):
-            expected, actual = (backward.op("LogSoftmax", v, axis=-1) for v in (goal, out))
-            p, q = (backward.op("Exp", v) for v in (expected, actual))
-            loss, gradient = backward.op("Mul", p, backward.op("Sub", expected, actual)), backward.op("Sub", q, p)
-        else:
-            difference = backward.op("Sub", out, goal)
-            loss, gradient = backward.op("Mul", difference, difference), backward.op("Add", difference, difference)
-        losses.append(backward.op("ReduceSum", backward.op("Mul", loss, weights), keepdims=0))
-        seeds[name] = seed_of(backward, name, backward.op("Mul", gradient, weights))
+        of_logits = logits(name, rank)
+        added = [
+            ir.val(copy.names.value(f"__{what}_{i}"), ir.DataType.FLOAT, ir.Shape([None] * rank))
+            for what in ("goal", "weights", *(["entropy"] if of_logits else []))
+        ]
+        copy.model.graph.inputs.extend(added)
+        targets[name] = Target(*(str(value.name) for value in added))
+        loss, gradient = (_divergence if of_logits else _squares)(backward, out, *added)
+        losses.append(loss)
+        seeds[name] = seed_of(backward, name, gradient)
     gradients = backward.run(seeds, values)
     for loss in losses:
         copy.output(loss, shape=[])
     for gradient in gradients.values():
         copy.output(backward.op("Cast", gradient, to=ir.DataType.FLOAT))
-    return Distillation(copy.finish(), outputs, list(gradients), backward.blocked)
+    return Distillation(copy.finish(), targets, list(gradients), backward.blocked)
+
+
+def _divergence(b: Backward, out: ir.Value, goal: ir.Value, weights: ir.Value, entropy: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return the weighted divergence of the logits ``out`` from probabilities, and its gradient.
+
+    Rows of 262,144 logits are what takes the memory here: three arrays of their size are alive at a time. The sum of exponentials is
+    that of Softmax, whose largest element is ``1 / sum(exp(out - max))``; ReduceLogSumExp adds them up one by one, in float32.
+    """
+    agreement = b.sum(b.op("Mul", goal, out), [-1])
+    q = b.op("Softmax", out, axis=-1)
+    log_sum = b.op("Sub", b.maximum(out), b.op("Log", b.maximum(q)))
+    rows = b.op("Sub", b.op("Sub", log_sum, agreement), entropy)
+    return b.op("ReduceSum", b.op("Mul", rows, weights), keepdims=0), b.op("Mul", b.op("Sub", q, goal), weights)
+
+
+def _squares(b: Backward, out: ir.Value, goal: ir.Value, weights: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return the weighted sum of squared differences, and its gradient."""
+    difference = b.op("Sub", out, goal)
+    loss = b.op("ReduceSum", b.op("Mul", b.op("Mul", difference, difference), weights), keepdims=0)
+    return loss, b.op("Mul", b.op("Add", difference, difference), weights)

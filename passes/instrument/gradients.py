@@ -67,12 +67,27 @@ def _matmul(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
         return None
 
     def transposed(value: Maybe, rank: int) -> ir.Value:
-        return b.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+        return _source_of_transpose(value, rank) or b.op("Transpose", value, perm=_swapped(rank))
 
     result = b.shape(node.outputs[0])
-    grad_x = b.op("MatMul", g, transposed(y, ranks[1]))
+    # onnxruntime would compute the transpose of a constant once and keep it: twice the memory
+    fused = y is not None and y.const_value is not None and y.dtype == ir.DataType.FLOAT and ranks[1] == 2
+    grad_x = b.microsoft("FusedMatMul", g, y, transB=1) if fused else b.op("MatMul", g, transposed(y, ranks[1]))
     grad_y = b.op("MatMul", transposed(x, ranks[0]), g)
     return [b.to_shape_of(grad_x, x, (*result[:-2], *b.shape(x)[-2:])), b.to_shape_of(grad_y, y, (*result[:-2], *b.shape(y)[-2:]))]
+
+
+def _swapped(rank: int) -> list[int]:
+    """Return the permutation that transposes the last two axes."""
+    return [*range(rank - 2), rank - 1, rank - 2]
+
+
+def _source_of_transpose(value: Maybe, rank: int) -> ir.Value | None:
+    """Return what a value is the transpose of, if that is how it is made."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Transpose" or "perm" not in node.attributes:
+        return None
+    return node.inputs[0] if list(node.attributes["perm"].as_ints()) == _swapped(rank) else None
 
 
 @rule("Gemm")

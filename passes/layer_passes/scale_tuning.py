@@ -16,6 +16,7 @@ class TuneScales(Stage):
     Attributes:
         epochs: Passes over the calibration data.
         rate: By how much a scale changes in a step at most, as a part of it.
+        bounded: Leave it out of runs in which it takes more memory than they may, 4 GB if no limit was given.
     """
 
     name: ClassVar[str] = "tune-scales"
@@ -24,6 +25,7 @@ class TuneScales(Stage):
 
     epochs: int = 3
     rate: float = 3e-3
+    bounded: bool = False
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         problems = [f"{self.name} needs a quantize pass before it: it tunes the scales of codes"] if spec is None else []

@@ -35,18 +35,19 @@ from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.fixed_batch import Group
 from magr_onnx.runtime.data.sources import Batches, Steps, shapes_of
 from magr_onnx.runtime.measure.validate import is_logits
-from magr_onnx.runtime.ort.session import Batch, Model, Session
+from magr_onnx.runtime.ort.session import Batch, Model, Session, Weights
 
 HELD_OUT = 8  # one batch in so many
 FEWEST = 4  # batches, for one to be held out
 GAIN = 0.005  # least improvement, as a part of the loss: less is chance
 STEPS = 64  # in an epoch, if there are as many samples
 MOST_ELEMENTS = 1 << 26  # of outputs in a batch
-WEIGHTS, OUTPUTS = 5.5, 40.0  # bytes of memory for each byte of the float model, and for each element of outputs in a step
+WEIGHTS, OUTPUTS = 2.0, 20.0  # bytes of memory for each byte of the float model, and for each element of outputs in a step
 SECOND = 0.95  # decay of the mean squares of gradients: steps are few
 WARM_UP = 8  # steps until the rate is the full one
 TINY = 1e-30
-_CACHED = 1 << 27  # elements of the float model's outputs kept in memory; where there are more, it runs anew in every epoch
+_CACHED = 1 << 27  # elements of the float model's outputs kept in memory; it runs anew, in every epoch, for more,
+_SHARE = 1 / 8  # and for steps with more than this part of them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +100,7 @@ def tune(
     """
     model = decomposed(model)
     names = shaped_values(model)
-    with Session(reference, provider) as teacher:
+    with Session(reference, provider, weights=Weights.PLAIN) as teacher:
         data = in_steps(data, teacher)
         if len(data) < FEWEST:
             return Tuned(why_not=f"that takes {FEWEST} samples or batches at least")
@@ -108,7 +109,7 @@ def tune(
             return Tuned(why_not=f"{listed(sorted(taps.blocked))} cannot be differentiated" if taps.blocked else "no output has floats")
         starts = {name: model.graph.initializers[name].const_value for name in taps.reached}
         factors = {name: Adam(start.numpy(), SECOND) for name, start in starts.items() if start is not None}
-        with Session(taps.model, provider) as student:
+        with Session(taps.model, provider, weights=Weights.PLAIN) as student:
             run = _Run(student, _Goals(teacher, taps, data, mask), data, factors)
             values, before, after = run.descend(rate, epochs, progress)
             return Tuned(values, before, after, sum(map(is_held_out, range(len(data)))), frozenset(taps.blocked))
@@ -152,21 +153,23 @@ class _Goals:
 
     def __init__(self, teacher: Session, taps: Distillation, data: Batches, mask: str | None) -> None:
         self._teacher, self._taps, self._data, self._mask = teacher, taps, data, mask
-        self._names = list(taps.outputs)
+        self._names = list(taps.targets)
         self._masked = masked_outputs(teacher, self._names, data, mask)
         self._kept: dict[int, Batch] = {}
         self._room = _CACHED
 
     def feeds(self, step: int, batch: Batch) -> Batch:
-        """Return the batch with the float model's outputs on it, and weights of their rows."""
+        """Return the batch with what the float model's outputs on it come to, and weights of their rows."""
         if step in self._kept:
             return {**batch, **self._kept[step]}
         goals: dict[str, npt.NDArray[Any]] = {}
         for name, y in zip(self._names, self._teacher.run(batch, self._names), strict=True):
-            goal, weights = self._taps.outputs[name]
-            goals[goal] = np.asarray(y, np.float32)
-            goals[weights] = self._weights(name, goals[goal], batch) * np.float32(self._data.weight(step))
-        if (elements := sum(array.size for array in goals.values())) <= self._room:
+            target, y = self._taps.targets[name], np.asarray(y, np.float32)
+            goals[target.weights] = self._weights(name, y, batch) * np.float32(self._data.weight(step))
+            if target.entropy:
+                y, goals[target.entropy] = _distribution(y)
+            goals[target.goal] = y
+        if (elements := sum(array.size for array in goals.values())) <= min(self._room, _SHARE * _CACHED):
             self._kept[step] = goals
             self._room -= elements
         return {**batch, **goals}
@@ -179,6 +182,18 @@ class _Goals:
         total = float(counted.sum()) if is_logits(name, y.ndim) else float(np.square(rows[counted], dtype=np.float64).sum())
         result: Array = (counted / max(total, TINY)).astype(np.float32).reshape(*y.shape[:-1], 1)
         return result
+
+
+def _distribution(logits: Array) -> tuple[Array, Array]:
+    """Return the probabilities and their entropies ``(..., 1)`` of logits, whose memory they take."""
+    p = logits if logits.flags.writeable else logits.copy()
+    p -= p.max(axis=-1, keepdims=True)
+    expected = p.copy()
+    np.exp(p, out=p)
+    total = p.sum(axis=-1, keepdims=True)
+    p /= total
+    expected *= p
+    return p, np.log(total) - expected.sum(axis=-1, keepdims=True)
 
 
 class _Run:

@@ -36,7 +36,7 @@ Batch = Mapping[str, npt.NDArray[Any]]
 Model = ir.Model | str | os.PathLike[str]  # in memory, or a file
 
 LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=())  # shared libraries, registered in every session
-LEAN_BYTES = 2_000_000_000  # of weights; above, they stay in their memory-mapped files
+LARGE_WEIGHTS = 2_000_000_000  # bytes
 
 
 class Arithmetic(StrEnum):
@@ -45,6 +45,15 @@ class Arithmetic(StrEnum):
     DEFAULT = "default"  # default optimization level; fused QDQ runs with int8 activations
     UNOPTIMIZED = "unoptimized"  # all graph optimizations off; every node as written
     FLOAT_QDQ = "float-qdq"  # default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)
+
+
+class Weights(StrEnum):
+    """What a session keeps of a model's weights in memory."""
+
+    AUTO = "auto"  # packed up to `LARGE_WEIGHTS`, mapped above (a file only if it is not optimized)
+    PACKED = "packed"  # copies in the layouts of the kernels: fastest
+    PLAIN = "plain"  # what optimizations make of them; memory of values is given back at once. Mapped above `LARGE_WEIGHTS`
+    MAPPED = "mapped"  # none: they stay in their memory-mapped files, without optimizations that copy them
 
 
 @contextlib.contextmanager
@@ -181,7 +190,7 @@ class Session:
         provider: str = "cpu",
         arithmetic: Arithmetic = Arithmetic.DEFAULT,
         threads: int = 0,
-        lean: bool | None = None,
+        weights: Weights = Weights.AUTO,
         spinning: bool = False,
         fuses: bool = True,
         profile: str = "",
@@ -193,8 +202,7 @@ class Session:
             provider: Where to run.
             arithmetic: Optimization level.
             threads: Threads per operator; 0 for one per core.
-            lean: Keep weights in their memory-mapped files, without optimizations that copy them and without prepacking. None enables it
-                above `LEAN_BYTES` of weights (for a file, only if it is not optimized).
+            weights: What is kept of the weights in memory.
             spinning: Let idle threads spin, as onnxruntime does by default: for measuring the latency users will see. Alongside Python
                 code and other programs, it takes two thirds more processor time and is no faster.
             fuses: Let onnxruntime make integer operators of QuantizeLinear and DequantizeLinear: it rounds float weights between them.
@@ -206,7 +214,9 @@ class Session:
         """
         known = available_provider(provider)
         _preload(known)
-        options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
+        if weights in (Weights.AUTO, Weights.PLAIN) and _is_large(model, arithmetic):
+            weights = Weights.MAPPED
+        options = _options(arithmetic, threads, weights, spinning)
         if not fuses:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if profile:
@@ -276,20 +286,20 @@ class Session:
         self.close()
 
 
-def load(path: str, provider: str, lean: bool) -> None:
+def load(path: str, provider: str, weights: Weights) -> None:
     """Check that a file loads; raises as `Session` does."""
-    with Session(path, provider, lean=lean):
+    with Session(path, provider, weights=weights):
         pass
 
 
 def _is_large(model: Model, arithmetic: Arithmetic) -> bool:
-    """Whether copies of the weights are to be avoided (`Session`, ``lean``)."""
+    """Whether copies of the weights are to be avoided."""
     if isinstance(model, ir.Model):
-        return tensor_bytes(model) > LEAN_BYTES
-    return arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LEAN_BYTES
+        return tensor_bytes(model) > LARGE_WEIGHTS
+    return arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LARGE_WEIGHTS
 
 
-def _options(arithmetic: Arithmetic, threads: int, lean: bool, spinning: bool) -> ort.SessionOptions:
+def _options(arithmetic: Arithmetic, threads: int, weights: Weights, spinning: bool) -> ort.SessionOptions:
     """Return session options with the registered custom operators; see `Session` for the parameters."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # failures are raised
@@ -302,11 +312,11 @@ def _options(arithmetic: Arithmetic, threads: int, lean: bool, spinning: bool) -
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_mem_pattern = False  # which takes memory for the outputs twice over
-    if arithmetic is Arithmetic.UNOPTIMIZED or lean:
+    if arithmetic is Arithmetic.UNOPTIMIZED or weights is Weights.MAPPED:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     elif arithmetic is Arithmetic.FLOAT_QDQ:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    if lean:
+    if weights in (Weights.PLAIN, Weights.MAPPED):
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
     return options

@@ -11,6 +11,7 @@ Models and metrics:
 - ``minilm``: all-MiniLM-L6-v2, calibrated on 1,024 sentences from books. Mean cosine to the float embeddings over both sentences of all
   STS-B test pairs, and Spearman's correlation of the pairs' cosines with the gold scores.
 - ``lm``: a language model of 5.4 M parameters. Next-token cross-entropy in the first 120 held-out blocks of 256.
+- ``llama``: a larger one that llama.py makes, on the same blocks.
 - ``char``, ``char_rope``: character models, calibrated on 512 random windows of the first 90 % of their text. Next-character
   cross-entropy inside 871 blocks of 128 of the rest.
 - ``tiny``: the model that ships with the package, on its own held-out blocks.
@@ -255,6 +256,13 @@ def shared_lm(data: Path, work: Path) -> Benchmark:
     return language_model("Language model, 5.4 M parameters", data / "lm" / "model.onnx", data / "lm" / "calibration.npz", blocks, 8)
 
 
+def llama(data: Path, work: Path) -> Benchmark:
+    path = work / "llama" / "model.onnx"
+    if not path.is_file():
+        raise Unsupported(f"{path} is not there: llama.py makes it")
+    return replace(shared_lm(data, work), title=f"Llama-like model, 14.9 M parameters, {LM_BLOCKS} blocks of 256", model=path)
+
+
 def character_model(title: str, file: str) -> Callable[[Path, Path], Benchmark]:
     def make(data: Path, work: Path) -> Benchmark:
         folder = data / "charlm"
@@ -298,6 +306,7 @@ def mpnet(data: Path, work: Path) -> Benchmark:
 MODELS: dict[str, Callable[[Path, Path], Benchmark]] = {
     "minilm": sentence_encoder,
     "lm": shared_lm,
+    "llama": llama,
     "char": character_model("Character model, absolute positions", "tensorforge_gpt.onnx"),
     "char_rope": character_model("Character model, rotary positions, grouped-query attention", "tensorforge_gpt_rope_gqa.onnx"),
     "tiny": bundled_lm,

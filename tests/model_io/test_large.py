@@ -25,7 +25,7 @@ from magr_onnx.runtime.calibration import moments, staged
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data import sources
 from magr_onnx.runtime.data.hold_out import HoldOut
-from magr_onnx.runtime.ort.session import Session, inputs_of
+from magr_onnx.runtime.ort.session import Session, Weights, inputs_of
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import activations, layer
@@ -233,7 +233,7 @@ def test_a_session_reads_external_data_where_it_lies(tmp_path: Path) -> None:
     assert (folder / "model.data").stat().st_size == 0  # nothing was copied
     assert [v.const_value for v in model.graph.initializers.values()] == before
     x = feeds(graphs.chain())
-    with Session(model) as a, Session(path) as b, Session(graphs.chain(), lean=True) as c:
+    with Session(model) as a, Session(path) as b, Session(graphs.chain(), weights=Weights.MAPPED) as c:
         for one, two, three in zip(a.run(x), b.run(x), c.run(x), strict=True):
             np.testing.assert_array_equal(one, two)
             np.testing.assert_allclose(one, three, rtol=1e-5, atol=1e-4)

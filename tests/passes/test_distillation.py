@@ -43,9 +43,13 @@ def test_loss_and_gradient(output: str) -> None:
     taps = distillation_taps(model, ["r"], shapes, is_logits)
     goal, weights = random(2, 3, 5, seed=4, scale=1.0), np.abs(random(2, 3, 1, seed=5, scale=1.0))
     weights[1, 2] = 0
-    assert list(taps.outputs) == [output]
+    assert list(taps.targets) == [output]
     assert (taps.reached, taps.blocked) == (["r"], set())
-    more = dict(zip(taps.outputs[output], (goal, weights), strict=True))
+    target = taps.targets[output]
+    p = np.exp(log_softmax(goal))
+    more = {target.weights: weights, target.goal: p if output == "logits" else goal}
+    if output == "logits":
+        more[target.entropy] = -(p * np.log(p)).sum(axis=-1, keepdims=True)
     with Session(taps.model) as session, Session(model) as plain:
         loss, gradient = session.run({**batch, **more})
         assert float(loss) == pytest.approx(loss_of(output, plain.run(batch)[0], goal, weights), rel=1e-5)
@@ -57,7 +61,7 @@ def test_loss_and_gradient(output: str) -> None:
                 r[i] += sign * step
                 values.append(loss_of(output, plain.run({**batch, "r": r})[0], goal, weights))
             assert gradient[i] == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2, abs=1e-3)
-        goal[1, 2] += 100  # a row that does not count
+        more[target.goal][1, 2] += 100  # a row that does not count
         assert session.run({**batch, **more})[0] == loss
 
 

@@ -15,6 +15,7 @@ from magr_onnx.errors import RuntimeFailure
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.runtime.measure import made_up
 from magr_onnx.runtime.ort import opset_check, session, worker
+from magr_onnx.runtime.ort.session import Weights
 
 W = constant("w", 16, 8)
 
@@ -26,9 +27,9 @@ def saved(proto: onnx.ModelProto, folder: Path) -> Path:
 
 def test_what_a_call_returns_and_raises(tmp_path: Path) -> None:
     path = saved(model("g (float[n, 16] x) => (float[n, 8] y) { y = MatMul(x, w) }", w=W), tmp_path)
-    assert worker.run_in_worker(session.load, path=str(path), provider="cpu", lean=False) is None
+    assert worker.run_in_worker(session.load, path=str(path), provider="cpu", weights=Weights.PACKED) is None
     with pytest.raises(RuntimeFailure, match="missing"):
-        worker.run_in_worker(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", lean=False)
+        worker.run_in_worker(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", weights=Weights.PACKED)
 
 
 def test_a_process_that_dies_is_an_error_and_the_next_call_works() -> None:
@@ -94,7 +95,9 @@ def test_made_up_inputs_that_never_end_are_a_note(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(worker._Worker, "ask", impatient)
     report = magr_onnx.optimize(saved(proto, tmp_path), output=tmp_path / "q.onnx", format="qdq", bits=4).report
     assert any("did not finish within 1 s" in note for note in report.notes)
-    assert worker.run_in_worker(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process
+    assert (
+        worker.run_in_worker(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", weights=Weights.PACKED) is None
+    )  # in a new process
 
 
 def test_waiting_is_for_a_worker_that_was_started() -> None:
