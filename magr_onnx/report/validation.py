@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 SLOWER = 1.05  # times the float model's time from which a result is called slower
 SHOWN, LEAST_SHARE = 5, 0.02  # operators that take the most time, and the share from which they are shown
+MADE_UP = "made-up inputs"  # what the data of a comparison without data are called
+
 MOST_NATS = 709.0  # largest exponent whose exponential is finite
 
 
@@ -167,6 +169,11 @@ class Validation:
     def amount(self) -> str:
         """Describe the amount of data."""
         return amount(self.samples, self.batches)
+
+    @property
+    def made_up(self) -> bool:
+        """Whether there were no data, and inputs were made up."""
+        return self.data.startswith(MADE_UP)
 
     def shown(self) -> list[tuple[str, OutputMetrics]]:
         """Return the rows of a table: metrics by arithmetic, merged where all are equal in the digits shown."""

@@ -13,8 +13,13 @@ RUINED_LAYER, RUINED_DB = 0.5, 10.0
 """Error of a layer, relative to its output, and SQNR of an output, from which a report ends with a warning."""
 
 
+_DOUBT = "which may say little of real ones, of random tokens above all: give some (--calibration or --validation) to know"
+
+
 def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation], growth: float = 0.0) -> list[str]:
     """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, results slower or larger than float, and remedies.
+
+    On made-up inputs an output may be far off in a model that is sound on real ones: that is a doubt, unless it is no number.
 
     Errors of layers are those of all layers before them, too, and of outputs that may be small. Where outputs were compared and none is
     ruined, layers with such errors are named without an alarm. ``growth`` is the size of the result over that of its source.
@@ -45,7 +50,9 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation], grow
         for arithmetic, m in comparison.shown():
             if m.sqnr_db < RUINED_DB:
                 error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
-                lines.append(f"RUINED: output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data}); see the largest errors above")
+                off = f"output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data})"
+                doubtful = comparison.made_up and math.isfinite(m.sqnr_db)
+                lines.append(f"IN DOUBT: {off}, {_DOUBT}" if doubtful else f"RUINED: {off}; see the largest errors above")
         if (times := comparison.latency) is not None and times.slower:
             milliseconds = f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
             lines.append(

@@ -17,7 +17,7 @@ from magr_onnx.errors import listed
 from magr_onnx.model_io.legacy import read
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.serialization import decode, plain
-from magr_onnx.report.validation import Validation
+from magr_onnx.report.validation import MADE_UP, Validation
 from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
 from magr_onnx.runtime.measure.noise import mean_noise
@@ -51,7 +51,7 @@ def check(float_model: ir.Model | Path, quantized_model: ir.Model | Path, provid
     name, size = available_provider(provider).onnxruntime, bytes_of(float_model) + bytes_of(quantized_model)
     with worker.as_file(float_model) as a, worker.as_file(quantized_model) as b:
         answer = worker.run_in_worker(compare, size, SECONDS, float_model=a, quantized_model=b, provider=name, mask=mask)
-    return decode(Validation, answer, "made-up inputs")
+    return decode(Validation, answer, MADE_UP)
 
 
 def noises(float_model: ir.Model | Path, candidates: Sequence[ir.Model], provider: str, mask: str | None) -> Array:
@@ -86,7 +86,7 @@ def measure(float_model: str, candidates: Sequence[str], provider: str, mask: st
         normal += itertools.islice(feeds, draws - 1)
         kinds = [normal, [uniform(batch, mask, seed) for seed, batch in enumerate(normal)]]
         by_name = {str(i): session for i, session in enumerate(sessions)}
-        compared = [compare_outputs(reference, by_name, in_memory(b, "made-up inputs"), mask, losses=False)[0] for b in kinds]
+        compared = [compare_outputs(reference, by_name, in_memory(b, MADE_UP), mask, losses=False)[0] for b in kinds]
         return [[*map(mean_noise, of_kind.values())] for of_kind in compared]
 
 
@@ -97,7 +97,7 @@ def compare(float_model: str, quantized_model: str, provider: str, mask: str | N
         with Session(a, provider) as session:
             batch = next(first_that_runs(read(a), mask, session))
         shapes = listed([f"{name} {array.shape}" for name, array in batch.items()])
-        data = in_memory([batch], f"made-up inputs {shapes}")
+        data = in_memory([batch], f"{MADE_UP} {shapes}")
         comparison = validate(
             a, b, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=("latency",), seconds=_TIMING
         )
