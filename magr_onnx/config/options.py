@@ -128,8 +128,8 @@ class Options(TypedDict, total=False):
         metavar="NAME", whole_run="gradients are those of the whole model")]
     tune_scales: Annotated[bool | None, OptionSpec(
         help="Tune the scales of all layers by the loss at the model's outputs, in three passes over the data.",
-        default_text="where layers have float inputs and max_memory allows it: with effort balanced one pass at 2 and 3 bits, with effort "
-        "best three up to 4", panel=FINE,
+        default_text="where layers have float inputs: with effort best up to 4 bits; with effort balanced at 2 and 3 bits, in one pass, if "
+        "max_memory allows it", panel=FINE,
         flags=("--tune-scales/--no-tune-scales",), whole_run="the loss is that of the whole model")]
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]

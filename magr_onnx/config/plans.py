@@ -172,7 +172,7 @@ def _tuning(options: Options, form: Format, effort: str | None, bits: int) -> pa
     epochs = EPOCHS.get(effort or "", {}).get(bits, 0) if form.emitter.input_grids is None else 0
     if not (epochs if asked is None else asked):
         return None
-    return passes.TuneScales(epochs if asked is None else usual.epochs, RATES.get(bits, usual.rate), bounded=asked is None)
+    return passes.TuneScales(epochs if asked is None else usual.epochs, RATES.get(bits, usual.rate), asked is None and effort != "best")
 
 
 def _activations(form: Format, options: Options) -> passes.QuantizeActivations | None:

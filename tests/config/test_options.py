@@ -60,6 +60,16 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
         "error-feedback,output-hessian{kind=adaptive},quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits",
     ),
     ({"effort": "best", "output_hessian": "none", "tune_scales": False}, DEFAULTS["matmulnbits"]),
+    (
+        {"bits": 3},
+        "error-feedback,quantize{method=auto,bits=3},compensate-bias{bias=any},tune-scales{epochs=1,bounded=true},emit-matmulnbits",
+    ),
+    (
+        {"bits": 2, "tune_scales": True},
+        "error-feedback,quantize{method=auto,bits=2},compensate-bias{bias=any},tune-scales{rate=0.006},emit-matmulnbits",
+    ),
+    ({"bits": 3, "effort": "fast"}, FAST.replace("method=comq", "method=comq,bits=3")),
+    ({"bits": 3, "quantizer": "comq"}, FAST.replace("method=comq", "method=comq,bits=3")),
     ({"effort": "fast", "split_salient": 0.1}, f"split-salient{{fraction=0.1}},{FAST}"),
     ({"alpha": 0.0}, "error-feedback,quantize{method=auto,alpha=0},compensate-bias{bias=any},emit-matmulnbits"),
     (

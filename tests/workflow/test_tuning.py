@@ -12,6 +12,7 @@ import magr_onnx
 from magr_onnx.errors import OptionError
 from magr_onnx.models import bundled
 from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.runtime.calibration import scale_tuning
 from magr_onnx.runtime.measure.validate import log_softmax
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
@@ -84,7 +85,26 @@ def test_why_nothing_was_tuned(source: object, data: object, said: str) -> None:
 def test_a_limit_of_memory_is_kept_and_what_tuning_takes_is_said() -> None:
     data, most = [{"x": random(4, 3, graphs.K, seed=i)} for i in range(8)], 5_000
     _, report = magr_onnx.optimize(graphs.matmul(), data, quantizer="rtn", bits=2, tune_scales=True, include=["*"], max_memory=most)
-    assert any(note.startswith("scales were not tuned: that takes about 0.0 GB; max_memory") for note in report.notes)
+    assert any(note.startswith("scales were not tuned: that takes about 0.0 GB; a higher max_memory") for note in report.notes)
+
+
+def test_what_an_effort_tunes_is_within_the_usual_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A given limit holds for all; the usual one, which running a model as a whole may exceed, for what was not asked for."""
+    data = [{"x": random(4, 3, graphs.K, seed=i)} for i in range(8)]
+
+    def said(each: float, **options: object) -> bool:
+        monkeypatch.setattr(scale_tuning, "OUTPUTS", each)
+        _, report = magr_onnx.optimize(graphs.matmul(), data, bits=2, include=["*"], **options)  # type: ignore[arg-type]
+        return any("a higher max_memory allows it" in note for note in report.notes)
+
+    gigabyte = 1e9
+    assert [said(20), said(gigabyte), said(gigabyte, tune_scales=True), said(gigabyte, effort="best")] == [False, True, False, False]
+    assert said(gigabyte, tune_scales=True, max_memory="5GB")
+
+
+def test_without_data_nothing_is_said_of_tuning_that_was_not_asked_for() -> None:
+    _, report = magr_onnx.optimize(graphs.matmul(), bits=2, include=["*"])
+    assert not any("tuned" in note for note in report.notes)
 
 
 def test_operators_without_a_derivative_are_named() -> None:
@@ -113,14 +133,20 @@ def test_layers_with_8_bit_inputs_are_refused() -> None:
         magr_onnx.optimize(graphs.matmul(), tune_scales=True, format="dynamic-int8")
 
 
-def test_the_best_effort_tunes_few_bits() -> None:
+def test_efforts_tune_few_bits() -> None:
     def tunes(**options: object) -> bool:
         return magr_onnx.build_pipeline(**options).tuning is not None  # type: ignore[arg-type]
 
     assert tunes(effort="best")
     assert tunes(effort="best", bits=4, format="qdq")
     assert tunes(tune_scales=True, bits=8)
+    assert tunes(bits=3)
+    assert tunes(bits=2)
     assert not tunes()
+    assert not tunes(bits=2, quantizer="gptq")
+    assert not tunes(bits=2, effort="fast")
+    assert not tunes(bits=2, tune_scales=False)
+    assert not tunes(bits=2, format="dynamic-int8")
     assert not tunes(effort="best", bits=8)
     assert not tunes(effort="best", tune_scales=False)
     assert not tunes(effort="best", format="qdq-int8")
