@@ -152,7 +152,10 @@ def judged_outputs(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def decibels(results: list[list[Any]], reference: list[list[Any]]) -> float:
-    """Signal to noise in dB; the noise of an output is relative to its energy over all inputs, other dtypes count what differs."""
+    """Signal to noise in dB; the noise of an output is relative to its energy over all inputs, other dtypes count what differs.
+
+    NaN where the float model puts out nothing to judge by: zeros and values that are no numbers.
+    """
     ratios = []
     for output in range(len(reference[0])):
         noise = signal_energy = 0.0
@@ -173,7 +176,9 @@ def decibels(results: list[list[Any]], reference: list[list[Any]]) -> float:
                 noise += float((a != b).sum())
         if signal_energy:
             ratios.append(noise / signal_energy)
-    mean = float(np.mean(ratios)) if ratios else float("nan")
+    if not ratios:
+        return float("nan")
+    mean = float(np.mean(ratios))
     if not np.isfinite(mean):
         return float("-inf")
     return min(CEILING, -10 * float(np.log10(mean))) if mean else CEILING

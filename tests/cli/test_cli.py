@@ -265,6 +265,11 @@ def test_version_is_the_package_s() -> None:
     assert run("--version").stdout == f"onnx-magr {magr_onnx.__version__}\n"
 
 
+def test_the_package_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "magr_onnx", "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert done.stdout == run("--version").stdout
+
+
 def test_inspect_shows_what_would_be_skipped(folder: Path) -> None:
     result = run("inspect", folder / "model.onnx", "--exclude", "up")
     assert "1 layers to convert, 2 to leave as they are" in result.stdout
