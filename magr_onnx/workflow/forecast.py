@@ -61,6 +61,9 @@ PASSES, RANGES, GRADIENTS, TUNING = 5.0, 9.0, 7.0, 4.0
 """Passes of the float model that take as long: calibration with error feedback, of two models in segments; measuring ranges; gradients;
 an epoch of tuning scales."""
 
+MAPPED = 3
+"""Times the size of the float model that is in memory beside what tuning allocates: files mapped by both models, and what the run holds."""
+
 STAGE = 0.03
 """Seconds that sessions take to begin for every input of layers, with error feedback."""
 
@@ -383,5 +386,6 @@ def _memory(prepared: Prepared, rows: Mapping[str, int], context: RunContext) ->
     if context.memory.large:
         return BASE + max(solver, context.memory.gram_budget + context.memory.cache)
     grams = min(context.memory.gram_budget, sum({layer.reads: 24 * layer.k**2 for layer in prepared.layers}.values()))
-    tunes = 0 if prepared.plan.tuning is None or prepared.data is None else tuning.memory(prepared, prepared.data)
+    tuned = prepared.plan.tuning is not None and prepared.data is not None
+    tunes = tuning.memory(prepared, prepared.data) + MAPPED * prepared.bytes if tuned and prepared.data is not None else 0
     return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes, tunes)

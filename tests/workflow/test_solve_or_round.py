@@ -171,6 +171,31 @@ def test_nearest_codes_are_in_the_same_graph(options: dict[str, Any], monkeypatc
     assert len(grids(first)) > 0
 
 
+def test_few_samples_do_not_make_what_a_logarithm_reads_worse_than_nearest_codes() -> None:
+    """Energies in overlapping bands: a bias that is right for loud samples makes those of silent ones negative."""
+    rng, bands = np.random.default_rng(3), 24
+    centres = np.linspace(0, 63, bands)
+    filters = np.maximum(1 - np.abs(np.arange(64)[:, None] - centres) / 4, 0).astype(np.float32) * rng.uniform(0.4, 1, bands)
+    text = "g (float[n, 64] x) => (float[n, 24] y) { e = MatMul(x, w) f = Max(e, least) y = Log(f) }"
+    source = ir.from_proto(model(text, w=filters.astype(np.float32), least=np.array(1e-9, np.float32)))
+
+    def power(count: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+        draw = np.random.default_rng(seed)
+        loud = 10.0 ** -draw.uniform(0, 5, (count, 1))
+        return {"x": (loud * draw.standard_normal((count, 64)) ** 2).astype(np.float32)}
+
+    fresh = power(512, 1)
+    data, options = power(16, 0), {"bits": 4, "block_size": 16}
+    results = [magr_onnx.optimize(source, data, **options).model, magr_onnx.optimize(source, quantizer="rtn", **options).model]  # type: ignore[arg-type]
+    with Session(source) as reference:
+        exact = reference.run(fresh)[0]
+    errors = []
+    for made in results:
+        with Session(made) as session:
+            errors.append(float(np.square(session.run(fresh)[0] - exact).sum()))
+    assert errors[0] < 1.07 * errors[1]
+
+
 def test_neither_with_a_quantizer_that_is_named_nor_under_a_budget() -> None:
     source, data = detector(1), images(101, 8)
     for options in ({"quantizer": "gptq", "conv_bits": 3}, {"max_loss": "50%"}):
