@@ -114,12 +114,12 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
     chosen: dict[str, str] = {}
     run_layers = layer_round.run_layers
 
-    def spy(plan: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
+    def spy(plan: Any, layers: Any, stats: Any, finished: Any, *rest: Any, **more: Any) -> None:
         def keep(solved: Any) -> None:
             chosen[solved.layer.output.name] = digest(solved.solution.quantized.dequantize())
             finished(solved)
 
-        run_layers(plan, layers, stats, keep, *rest)
+        run_layers(plan, layers, stats, keep, *rest, **more)
 
     monkeypatch.setattr(layer_round, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, bits=3)

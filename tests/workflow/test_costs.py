@@ -30,9 +30,17 @@ def four_layers() -> ir.Model:
     return b.model(x, ["batch", K])
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "qdq"}, {"bits": 3, "block_size": None}])
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 6),
+        ({"format": "qdq"}, 6),
+        ({"bits": 3, "block_size": None, "tune_scales": False}, 6),
+        ({"bits": 3, "block_size": None}, 10),  # to be differentiated, and to be written again
+    ],
+)
 def test_a_run_copies_the_model_and_reads_its_weights_a_few_times(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies, reads = Counter[str](), Counter[str]()
     clone, read = ir.Model.clone, LinearLayer.read
@@ -52,7 +60,7 @@ def test_a_run_copies_the_model_and_reads_its_weights_a_few_times(
     monkeypatch.setattr(LinearLayer, "read", counted_read)
     report = magr_onnx.optimize(tmp_path / "model.onnx", batches, output=tmp_path / "out.onnx", progress=False, **options).report
     assert report.verified == len(reads) == 4
-    assert copies["model"] <= 6  # three of them to measure errors of layers
+    assert copies["model"] <= most  # three of them to measure errors of layers
     assert max(reads.values()) <= 3
 
 
