@@ -386,6 +386,6 @@ def _memory(prepared: Prepared, rows: Mapping[str, int], context: RunContext) ->
     if context.memory.large:
         return BASE + max(solver, context.memory.gram_budget + context.memory.cache)
     grams = min(context.memory.gram_budget, sum({layer.reads: 24 * layer.k**2 for layer in prepared.layers}.values()))
-    tuned = prepared.plan.tuning is not None and prepared.data is not None
-    tunes = tuning.memory(prepared, prepared.data) + MAPPED * prepared.bytes if tuned and prepared.data is not None else 0
+    data = None if prepared.plan.tuning is None else prepared.data
+    tunes = 0 if data is None else tuning.memory(prepared, data) + MAPPED * prepared.bytes
     return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes, tunes)

@@ -115,7 +115,9 @@ def _rounding(plan: Plan) -> Plan:
     assert plan.quantize is not None
     convolutions = None if plan.convolutions is None else replace(plan.convolutions, feedback=False)
     rounding = plan.quantize.by(rtn.QUANTIZER.name)
-    return replace(plan, error_feedback=None, output_hessian=None, magr=None, bias=None, quantize=rounding, convolutions=convolutions)
+    return replace(
+        plan, error_feedback=None, output_hessian=None, magr=None, bias=None, tuning=None, quantize=rounding, convolutions=convolutions
+    )
 
 
 def _noises(
