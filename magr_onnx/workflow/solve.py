@@ -214,8 +214,10 @@ def _set_up(
         calibration = replace(calibration, grids=grids)
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
-    heads = () if request.options is None else tied_tables.head_options(plan, tied, layers)
-    assigned = layer_options.assign((*heads, *request.patterns.tables), layers, request.options or {}, plan, context.provider)
+    options, tables = request.options or {}, request.patterns.tables
+    if request.options is not None:
+        tables = tied_tables.with_heads(tables, plan, tied, layers, options)
+    assigned = layer_options.assign(tables, layers, options, plan, context.provider)
     assigned |= layer_options.of_rewrites(layers, plan)
     changed = {*begun.digests, *rounded}
     models = Models(model, base, tapped, changed, tied)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.options import Options
 from magr_onnx.core.types import QuantizedWeight
 from magr_onnx.passes import Emitted, Plan
 from magr_onnx.passes.emit import embedding as table_emitter
@@ -39,7 +40,20 @@ def tables_of(model: ir.Model, plan: Plan, selection: Selection, tied: frozenset
     return [t for t in non_linear.select_tables(model, plan, selection)[0] if t.weight_name in tied] if tied else []
 
 
-def head_options(plan: Plan, tied: frozenset[str], layers: Sequence[LinearLayer]) -> tuple[LayerOptions, ...]:
+def with_heads(
+    tables: Sequence[LayerOptions], plan: Plan, tied: frozenset[str], layers: Sequence[LinearLayer], options: Options
+) -> tuple[LayerOptions, ...]:
+    """Add options of layers with tied weights, the bits and the block of the tables of embeddings, to the options of single layers.
+
+    Later ones win: those of single layers, but a preset's for the last layer only where no bits of tables were asked for.
+    """
+    heads = _head_options(plan, tied, layers)
+    if options.get("embedding_bits") is None:
+        return (*heads, *tables)
+    return (*(table for table in tables if table.optional), *heads, *(table for table in tables if not table.optional))
+
+
+def _head_options(plan: Plan, tied: frozenset[str], layers: Sequence[LinearLayer]) -> tuple[LayerOptions, ...]:
     """Return the options of layers with tied weights: the bits and the block of the tables."""
     if plan.embeddings is None:
         return ()

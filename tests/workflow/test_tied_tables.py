@@ -101,6 +101,35 @@ def test_a_layer_with_options_of_its_own_keeps_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({}, 8),
+        ({"embedding_bits": 4}, 4),
+        ({"embedding_bits": 4, "layers": [magr_onnx.LayerOptions(("lm_head",), {"bits": 8})]}, 8),
+    ],
+)
+def test_bits_asked_for_tables_win_over_those_a_preset_has_for_the_last_layer(tmp_path: Path, options: dict[str, Any], bits: int) -> None:
+    model = language_model()
+    next(n for n in model.graph if n.name == "head").name = "lm_head"
+    report, proto = made(tmp_path, model, preset="llm-int4", **options)
+    assert {a.name: a.i for a in node(proto, "GatherBlockQuantized").attribute}["bits"] == bits
+    assert {row.name: row.bits for row in report.layers}["lm_head"] == bits
+
+
+def test_a_table_that_is_the_transpose_of_the_weight_of_the_head(tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder writes tied weights in float."""
+    b = Builder()
+    ids, weight = b.input("input_ids", ["batch", "seq"], INT64), b.constant("lm_head.weight", random(WIDTH, ROWS, scale=1.0))
+    x = b.node("Gather", [b.node("Transpose", [weight], "turn", perm=[1, 0]), ids], "tokens")
+    x = b.node("Tanh", [b.node("MatMul", [x, b.constant("w", random(WIDTH, WIDTH))], "middle")])
+    _, proto = made(tmp_path, b.model(b.node("MatMul", [x, weight], "head"), ["batch", "seq", ROWS], "logits"), embedding_bits=4)
+    codes = {name: i for i in proto.graph.initializer for name in [i.name] if i.data_type == onnx.TensorProto.UINT8 and len(i.dims) == 3}
+    assert node(proto, "MatMulNBits").input[1] in codes
+    assert producers(proto)[node(proto, "GatherBlockQuantized").input[0]].input[0] == node(proto, "MatMulNBits").input[1]
+    assert not any(np.prod(i.dims) >= WIDTH * ROWS and i.data_type == onnx.TensorProto.FLOAT for i in proto.graph.initializer)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"low_rank": 4},  # a table has no branch
