@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 SLOWER = 1.05  # times the float model's time from which a result is called slower
 SHOWN, LEAST_SHARE = 5, 0.02  # operators that take the most time, and the share from which they are shown
 MADE_UP = "made-up inputs"  # what the data of a comparison without data are called
-
 MOST_NATS = 709.0  # largest exponent whose exponential is finite
 
 

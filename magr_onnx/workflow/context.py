@@ -41,7 +41,6 @@ class Memory:
         gram_budget: Bytes of Gram matrices held at a time.
         cache: Bytes of values between stages held in memory.
         layout: How the result is laid out in files.
-        limit: Bytes that a run may use.
         asked: The limit that was asked for, bytes; None for the usual one, which running a model as a whole may exceed.
     """
 
@@ -49,19 +48,26 @@ class Memory:
     gram_budget: int
     cache: int
     layout: Layout
-    limit: int = DEFAULT_MEMORY
     asked: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """Return the bytes that a run may use: those asked for, or the usual ones."""
+        return _limit(self.asked)
 
     @staticmethod
     def of(request: OptimizeRequest, model_bytes: int, widest: int) -> Memory:
         """Decide by the size of the model and of its ``widest`` Gram matrix."""
-        limit = DEFAULT_MEMORY if request.max_memory is None else request.max_memory
-        asked = request.max_memory
+        limit, asked = _limit(request.max_memory), request.max_memory
         if WHOLE * model_bytes + GRAM * widest**2 <= limit:
             layout = Layout(request.external_data, request.shard_size, INLINE_LIMIT)
-            return Memory(False, request.gram_budget, request.cache, layout, limit, asked)
+            return Memory(False, request.gram_budget, request.cache, layout, asked)
         layout = Layout(request.external_data, request.shard_size, limit // 8)
-        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout, limit, asked)
+        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout, asked)
+
+
+def _limit(asked: int | None) -> int:
+    return DEFAULT_MEMORY if asked is None else asked
 
 
 class Stopwatch:

@@ -23,6 +23,7 @@ from magr_onnx.model_io.legacy import read
 from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.last_floats import last_floats, puts_out_floats, with_outputs
 from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.report.validation import MADE_UP
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import made_up
 from magr_onnx.runtime.measure.layer_errors import some_for
@@ -76,7 +77,7 @@ def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunCon
     losses = np.subtract(*10 * np.log10(np.maximum(noise, EXACT)).T)
     if not (losses.mean() > 0 or losses.max() > TOLERANCE):  # or they are not numbers
         return solved
-    where, than = ("made-up inputs", "without data") if solved.data is None else ("calibration data", "with it")
+    where, than = (MADE_UP, "without data") if solved.data is None else ("calibration data", "with it")
     assert prepared.plan.quantize is not None
     better = f"up to {losses.max():.2g} dB better than {prepared.plan.quantize.method} {than}"
     note = f"rounded to nearest: on {where}, that is {better}"

@@ -85,9 +85,14 @@ def _swapped(rank: int) -> list[int]:
 def _source_of_transpose(value: Maybe, rank: int) -> ir.Value | None:
     """Return what a value is the transpose of, if that is how it is made."""
     node = None if value is None else value.producer()
-    if node is None or node.op_type != "Transpose" or "perm" not in node.attributes:
+    if node is None or node.op_type != "Transpose" or _permutation(node, rank) != _swapped(rank):
         return None
-    return node.inputs[0] if list(node.attributes["perm"].as_ints()) == _swapped(rank) else None
+    return node.inputs[0]
+
+
+def _permutation(node: ir.Node, rank: int) -> list[int]:
+    """Return the permutation of a Transpose, which reverses all axes by default."""
+    return list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(rank))[::-1]
 
 
 @rule("Gemm")
@@ -102,7 +107,7 @@ def _gemm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
 @rule("Transpose")
 def _transpose(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     rank = len(b.shape(node.outputs[0]))
-    perm = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(rank))[::-1]
+    perm = _permutation(node, rank)
     return [b.op("Transpose", grads[0], perm=[perm.index(i) for i in range(rank)])]
 
 
