@@ -155,6 +155,7 @@ def begin(setup: Setup, search: mixed_precision.Search | None, context: RunConte
     if search is not None:
         plans = search.assigned()
         layers, skips = search.select(layers)
+    layers = tied_tables.embedding(layers, setup.plan, plans, setup.tied)
     solutions = None if setup.plan.tuning is None else Solutions()
     done = Round(model=work, layers=layers, skips=skips, tied=setup.tied, plans=plans, solutions=solutions)
     if search is not None and search.source.convolutions is not None:

@@ -1,20 +1,22 @@
 """Tables of embeddings whose rows a linear layer, mostly the last, multiplies by: one tensor in the file, which both read.
 
-1. The layer is solved under its own statistics, in the bits and blocks of the tables unless it has options of its own, and towards the
-   weight of the model: error feedback would move it away from that, and the embeddings with it.
+1. The layer is solved for both (`magr_onnx.passes.layer_passes.shared_weights`), in the bits and blocks of the tables unless it has options
+   of its own, and towards the weight of the model: error feedback would move it away from that, and the embeddings with it.
 2. Its codes, scales and zero points become those of the table, where kernels for both can read them. Otherwise the table gets its own.
 3. Under a budget the two are converted apart, since the budget is spent layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.options import Options
+from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import QuantizedWeight
 from magr_onnx.passes import Emitted, Plan
 from magr_onnx.passes.emit import embedding as table_emitter
@@ -28,11 +30,35 @@ from magr_onnx.workflow.converted import Converted
 
 
 def tied_weights(model: ir.Model, plan: Plan, selection: Selection) -> frozenset[str]:
-    """Return the names of weights that are both a table and a linear layer's, where the plan can write one tensor for both."""
+    """Return the names of weights that are both a table and a linear layer's, where the plan can write one tensor for both.
+
+    All layers and tables with that name have to read one matrix: its rows, and products with them.
+    """
     if plan.embeddings is None or not plan.embeddings.shares_codes or plan.emitter is None or not plan.emitter.shares_codes:
         return frozenset()
     layers, tables = find(model, selection)[0], non_linear.select_tables(model, plan, selection)[0]
-    return frozenset(layer.weight_name for layer in layers) & {table.weight_name for table in tables}
+    matrices = defaultdict[str, set[Hashable]](set)
+    for table in tables:
+        view, transposed = table.weight.before_transposes()
+        matrices[table.weight_name].add((*view.key, not transposed, 1.0))
+    for layer in layers:
+        matrices[layer.weight_name].add(layer.weight_key)
+    names = {layer.weight_name for layer in layers} & {table.weight_name for table in tables}
+    return frozenset(name for name in names if len(matrices[name]) == 1)
+
+
+def embedding(layers: Sequence[LinearLayer], plan: Plan, plans: Mapping[str, Plan], tied: Collection[str]) -> list[LinearLayer]:
+    """Mark layers whose codes a table will have: what has a low-rank branch, or bits that no table has, is solved for itself."""
+    return [
+        replace(layer, embeds=True) if layer.weight_name in tied and _fits(layer, plans.get(layer.name, plan)) else layer
+        for layer in layers
+    ]
+
+
+def _fits(layer: LinearLayer, plan: Plan) -> bool:
+    """Return whether a table can have the codes that a plan makes of a layer."""
+    spec = plan.spec
+    return plan.low_rank is None and spec is not None and table_emitter.reads(container_bits(spec.bits), spec.rows(layer.k), layer.k)
 
 
 def tables_of(model: ir.Model, plan: Plan, selection: Selection, tied: frozenset[str]) -> list[EmbeddingTable]:

@@ -44,6 +44,11 @@ def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) 
     return [Emitted(_replace(table, constants, weight.spec, form), bits, size) for table in tables]
 
 
+def reads(bits: int, block: int, width: int) -> bool:
+    """Return whether a Gather reads the codes of a MatMulNBits of ``width`` inputs."""
+    return bits in BITS and width % block == 0
+
+
 def emit_shared(tables: Sequence[EmbeddingTable], node: ir.Node) -> list[Emitted]:
     """Have the Gathers of a table read the codes of a MatMulNBits of the main graph; nothing where they cannot.
 
@@ -54,7 +59,7 @@ def emit_shared(tables: Sequence[EmbeddingTable], node: ir.Node) -> list[Emitted
     rows, width = first.weight.shape
     bits, block, k, n = (attribute_of(node, name, 0) for name in ("bits", "block_size", "K", "N"))
     codes, scales, zeros = (*node.inputs[1:], None)[:3]
-    if (k, n) != (width, rows) or bits not in BITS or width % block or codes is None or scales is None or scales.dtype != first.dtype:
+    if (k, n) != (width, rows) or not reads(bits, block, width) or codes is None or scales is None or scales.dtype != first.dtype:
         return []
     flat = ir.node("Reshape", [codes, first.constant("_flat", np.array([rows, -1]))], name=f"{first.name}_codes")
     flat.outputs[0].name = f"{codes.name}_flat"

@@ -1,4 +1,4 @@
-"""Layers that multiply by the very same matrix: one solve, codes stored once.
+"""Layers that multiply by the very same matrix, or whose matrix is a table of embeddings, too: one solve, codes stored once.
 
 Readers ``r`` of one ``W`` see inputs of their own. What all of them lose together, each relative to the power ``p_r`` of its output, is one
 layer error under the sum of their Gram matrices,
@@ -9,6 +9,9 @@ with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean.
 run once, for the first reader, under ``H``; the others take its codes over. Bias compensation and emission stay each reader's own, from its
 own mean and activation grid; constants made of the codes are shared.
 
+A Gather of rows of ``W^T`` is one more reader, whose inputs are ones: ``H_r = I``, and its power ``p_r`` is that of the weight. Without it
+the errors of few bits go where the layer sees little of them, and are as large as the embeddings there.
+
 Second moments of gradients differ between readers and do not add up to one matrix: a shared weight is rounded without them.
 """
 
@@ -18,6 +21,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
+
+from magr_onnx.core.gram import RowGram
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, absorbs_mean, relative_error
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.moments import pooled
@@ -51,6 +57,8 @@ class SharedWeight:
         if policy not in self._stats:
             measured = [(s, absorbs_mean(policy, layer.has_bias)) for layer, s in self._readers if s is not None and not s.is_data_free]
             first = self._readers[0][0]
+            if measured and first.embeds:
+                measured.append((_of_rows(measured[0][0]), False))
             powers = [layer_error(first.read(), s.gram) for s, _ in measured]
             self._stats[policy] = pooled(measured, powers) if measured else LayerStats.data_free(first.k)
         return self._stats[policy]
@@ -58,7 +66,7 @@ class SharedWeight:
     def solve(self, name: str, problem: LayerProblem, stages: Sequence[LayerStage]) -> LayerSolution:
         """Solve the problem of the reader ``name``: the first reader's stages choose the weight, the others take it over."""
         others = [layer.name for layer, _ in self._readers if layer.name != name]
-        note = f"shares its weight with {listed(others)}: one solve for all, codes stored once"
+        notes = [f"shares its weight with {listed(others)}: one solve for all, codes stored once"] if others else []
         solution, first, before = LayerSolution.unsolved(problem), self._solved is None, True
         for stage in stages:
             if not stage.solves:
@@ -66,7 +74,7 @@ class SharedWeight:
                 continue
             policy: BiasPolicy | None = getattr(stage, "bias", None)
             if before:
-                solution = replace(solution, record=solution.record.noting(note))
+                solution = replace(solution, record=solution.record.noting(*notes))
             if first:
                 count = len(solution.record.notes)
                 pooled_problem = replace(problem, stats=self.stats(policy), target_moments=None, output_hessian=None, adaptive_hessian=None)
@@ -96,9 +104,15 @@ def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) 
     return replace(solution.record, error=error, fitted_error=error, low_rank=low_rank)
 
 
+def _of_rows(like: LayerStats) -> LayerStats:
+    """Return the statistics of who reads single rows of the transposed weight, with as many rows in every fold as those of a layer."""
+    k, folds = len(like.mean), tuple(map(_of_rows, like.folds))
+    return LayerStats(RowGram.diagonal_of(np.ones(k)), np.zeros(k), like.rows, folds=folds, backend=like.backend)
+
+
 def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Hashable, SharedWeight]:
-    """Every weight that several of ``layers`` multiply by, by `LinearLayer.weight_key`."""
-    groups = [group for group in by_weight(layers) if len(group) > 1]
+    """Every weight that several of ``layers`` multiply by, or that is a table of embeddings, too, by `LinearLayer.weight_key`."""
+    groups = [group for group in by_weight(layers) if len(group) > 1 or group[0].embeds]
     return {group[0].weight_key: SharedWeight([(layer, stats(layer)) for layer in group]) for group in groups}
 
 

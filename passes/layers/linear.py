@@ -45,12 +45,14 @@ class LinearLayer(Product):
         factor: Gemm's alpha, part of the effective weight.
         add: The Add that holds the bias of a MatMul, if there is one.
         bias_factor: Gemm's beta, part of the effective bias.
+        embeds: Whether its columns are the rows of a table of embeddings, too, that is to have the same codes.
     """
 
     transposed: bool
     factor: float
     add: ir.Node | None
     bias_factor: float
+    embeds: bool = False
 
     @property
     def k(self) -> int:

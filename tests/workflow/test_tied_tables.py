@@ -80,6 +80,67 @@ def test_one_tensor_for_both(tmp_path: Path, transposed: bool, symmetric: bool, 
     assert report.bytes_after < report.bytes_before
 
 
+@pytest.mark.parametrize("form", ["MatMul", "Gemm", "alpha", "both ways"])
+def test_products_with_another_matrix_than_the_table_share_nothing(tmp_path: Path, form: str) -> None:
+    """A square table may be multiplied by as it is, and a Gemm may scale it: its columns are no embeddings then."""
+    b = Builder()
+    ids, table = b.input("input_ids", ["batch", "seq"], INT64), b.constant("table", random(ROWS, ROWS, scale=1.0))
+    x = b.node("Gather", [table, ids], "tokens")
+    x = b.node("Tanh", [b.node("MatMul", [x, b.constant("w", random(ROWS, ROWS, scale=0.1))], "middle")])
+    x = b.node("Reshape", [x, b.constant("flat", np.array([-1, ROWS]))])
+    if form == "MatMul":
+        y = b.node("MatMul", [x, table], "head")
+    elif form == "both ways":
+        y = b.node("Add", [b.node("MatMul", [x, table], "head"), b.node("Gemm", [x, table], "head2", transB=1)])
+    else:
+        y = b.node("Gemm", [x, table], "head", **({"transB": 1, "alpha": 0.25} if form == "alpha" else {}))
+    model = b.model(y, ["rows", ROWS], "logits")
+    expected = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString()).run(None, feeds(1)[0])[0]
+    report, proto = made(tmp_path, model, bits=8)
+    assert {row.op for row in report.layers} >= {"Gather", "MatMul" if form in ("MatMul", "both ways") else "Gemm"}
+    assert "table" not in {i.name for i in proto.graph.initializer}
+    assert all(producers(proto).get(n.input[0]) is None for n in proto.graph.node if n.op_type == "GatherBlockQuantized")
+    found = ort.InferenceSession(tmp_path / "made.onnx").run(None, feeds(1)[0])[0]
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_bits_are_solved_for_products_and_rows_alike(tmp_path: Path, seed: int) -> None:
+    """Of inputs that vary in few directions alone, products would leave the rows of the table wherever nobody looks."""
+    b = Builder()
+    ids, table = b.input("input_ids", ["batch", "seq"], INT64), b.constant("table", random(ROWS, WIDTH, scale=1.0, seed=seed))
+    b.node("Gather", [table, ids], "tokens")
+    narrow = random(WIDTH, 6, seed=seed + 10) @ random(6, WIDTH, seed=seed + 20) * np.geomspace(1, 0.01, WIDTH, dtype=np.float32)
+    x = b.node("MatMul", [b.node("Gather", [table, ids], "again"), b.constant("w", narrow)], "middle")
+    logits = b.node("MatMul", [x, b.node("Transpose", [table], "turn", perm=[1, 0])], "head")
+    model = b.model(logits, ["batch", "seq", ROWS], "logits")
+    exact = random(ROWS, WIDTH, scale=1.0, seed=seed)
+    held_out = exact[np.random.default_rng(99).integers(0, ROWS, 64)] @ narrow
+
+    def errors(**options: Any) -> tuple[float, float]:
+        _, proto = made(tmp_path, model, bits=4, embedding_bits=4, layers=[magr_onnx.LayerOptions(("middle",), {"bits": 8})], **options)
+        off = read_weights(ir.load(tmp_path / "made.onnx"))[node(proto, "GatherBlockQuantized").output[0]] - exact
+        return np.linalg.norm(off) / np.linalg.norm(exact), np.linalg.norm(held_out @ off.T) / np.linalg.norm(held_out @ exact.T)
+
+    rows, products = errors(quantizer=None)
+    nearest_rows, nearest_products = errors()
+    assert rows < 1.2 * nearest_rows
+    assert products < 0.6 * nearest_products
+
+
+def test_a_layer_whose_codes_no_table_reads_is_solved_for_itself(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "quantizer": None,
+        "feedback": False,
+        "layers": [magr_onnx.LayerOptions(("head",), {"bits": 2, "block_size": 32})],
+    }
+    heads = []
+    for embeddings in ("gather-block-quantized", "dequantize"):
+        made(tmp_path, language_model(), embeddings=embeddings, **options)
+        heads.append(read_weights(ir.load(tmp_path / "made.onnx"))["logits"])
+    np.testing.assert_array_equal(*heads)
+
+
 def test_without_data_too(tmp_path: Path) -> None:
     _, proto = made(tmp_path, language_model(), data=False)
     assert producers(proto)[node(proto, "GatherBlockQuantized").input[0]].op_type == "Reshape"
