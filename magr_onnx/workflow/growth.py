@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -43,7 +44,8 @@ def without_growing(
     if request.requantize or request.budget is not None or plan.rules is not None:
         return layers, shared
     asked = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, request.provider)
-    growing = _growing(base, [layer for layer in layers if layer.name not in asked], plan)
+    writing = plan if request.calibration is not None else replace(plan, bias=None)  # which adds none without data
+    growing = _growing(base, [layer for layer in layers if layer.name not in asked], writing)
     return [layer for layer in layers if layer.name not in growing], [*shared, *growing.values()]
 
 

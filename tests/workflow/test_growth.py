@@ -35,9 +35,9 @@ def two_layers(k: int, n: int) -> ir.Model:
     return b.model(b.node("MatMul", [part, b.constant("v", random(k, n, seed=1))], NAME), ["batch", n])
 
 
-def size(path: Path, model: ir.Model, **options: Any) -> tuple[int, list[str]]:
+def size(path: Path, model: ir.Model, calibrated: bool = True, **options: Any) -> tuple[int, list[str]]:
     """The bytes of a result, and the layers that were converted."""
-    data = {"x": random(64, 64, seed=2)}
+    data = {"x": random(64, 64, seed=2)} if calibrated else None
     report = magr_onnx.optimize(model, data, output=path, effort="fast", **options).report
     return path.stat().st_size, [row.name for row in report.layers]
 
@@ -46,12 +46,15 @@ SHAPES = ((1, 900), (2, 64), (3, 300), (4, 16), (8, 8), (12, 12), (16, 32), (40,
 CASES = [(form, *SHAPES[(2 * i + j) % len(SHAPES)]) for i, form in enumerate(FORMATS) for j in range(3)]
 
 
-@pytest.mark.parametrize(("form", "k", "n"), CASES)
-def test_the_smaller_of_both_is_written(form: str, k: int, n: int, tmp_path: Path) -> None:
+FREE = [*(("matmulnbits", k, n, False) for k, n in ((56, 1), (64, 1), (16, 32))), *(("qdq", k, n, False) for k, n in ((80, 1), (40, 4), (32, 2)))]
+
+
+@pytest.mark.parametrize(("form", "k", "n", "calibrated"), [*((*case, True) for case in CASES), *FREE])
+def test_the_smaller_of_both_is_written(form: str, k: int, n: int, calibrated: bool, tmp_path: Path) -> None:
     model = two_layers(k, n)
-    default, converted = size(tmp_path / "default.onnx", model, **FORMATS[form])
-    without, _ = size(tmp_path / "without.onnx", model, exclude=[NAME], **FORMATS[form])
-    with_all, both = size(tmp_path / "all.onnx", model, include=["*"], **FORMATS[form])
+    default, converted = size(tmp_path / "default.onnx", model, calibrated, **FORMATS[form])
+    without, _ = size(tmp_path / "without.onnx", model, calibrated, exclude=[NAME], **FORMATS[form])
+    with_all, both = size(tmp_path / "all.onnx", model, calibrated, include=["*"], **FORMATS[form])
     assert both == ["large", NAME]
     assert default <= min(without, with_all) + 16  # bytes of metadata that differ
     assert converted == (both if with_all < without else ["large"]) or abs(with_all - without) <= 16
