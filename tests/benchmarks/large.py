@@ -166,9 +166,22 @@ class Limit:
             self.with_files = int((self._group / "memory.max_usage_in_bytes").read_text())
             while (self._group / "cgroup.procs").read_text():  # processes that it started end a moment later
                 time.sleep(0.05)
-            (self._group / "memory.force_empty").write_text("0")
-            self._group.rmdir()
+            self._remove()
         return os.waitstatus_to_exitcode(status), usage
+
+    def _remove(self) -> None:
+        """Remove the group; pages that the processes gave back are counted a little longer."""
+        assert self._group is not None
+        for left in reversed(range(100)):
+            try:
+                (self._group / "memory.force_empty").write_text("0")
+                self._group.rmdir()
+            except OSError:
+                if not left:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
 
 
 def measure(model: Path, output: Path, name: str, arguments: Sequence[str], limit: int) -> Measured:
