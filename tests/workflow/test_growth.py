@@ -46,10 +46,8 @@ SHAPES = ((1, 900), (2, 64), (3, 300), (4, 16), (8, 8), (12, 12), (16, 32), (40,
 CASES = [(form, *SHAPES[(2 * i + j) % len(SHAPES)]) for i, form in enumerate(FORMATS) for j in range(3)]
 
 
-FREE = [
-    *(("matmulnbits", k, n, False) for k, n in ((56, 1), (64, 1), (16, 32))),
-    *(("qdq", k, n, False) for k, n in ((80, 1), (40, 4), (32, 2))),
-]
+FREE = [("matmulnbits", k, n, False) for k, n in ((56, 1), (64, 1), (16, 32))]
+FREE += [("qdq", k, n, False) for k, n in ((80, 1), (40, 4), (32, 2))]
 
 
 @pytest.mark.parametrize(("form", "k", "n", "calibrated"), [*((*case, True) for case in CASES), *FREE])
