@@ -133,10 +133,13 @@ class Options(TypedDict, total=False):
         flags=("--tune-scales/--no-tune-scales",), whole_run="the loss is that of the whole model")]
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
-    rotate: Annotated[Literal["none", "on", "auto"], OptionSpec(
+    rotate: Annotated[Literal["none", "on", "auto"] | None, OptionSpec(
         help="Rotate the residual stream of a transformer, and the values of its attentions, so that weights are easier to round; folded "
         "into the weights, at no cost: none; on; auto: where it lowers the loss of the model with weights rounded to nearest. The stream "
-        "stays as it is where norms stand behind the sums (BERT).", default="none", panel=FINE, metavar="NAME",
+        "stays as it is where norms stand behind the sums (BERT).",
+        default_text="auto where weights have 2 or 3 bits, or 4 and one scale per channel, unless effort fast or a quantizer is given; "
+        "else none",
+        panel=FINE, metavar="NAME",
         whole_run="it turns what layers share")]
     equalize: Annotated[bool, OptionSpec(
         help="Move scales between channels into norms, layers and integer convolutions before, at no cost.", default=False, panel=FINE,

@@ -17,6 +17,8 @@ from magr_onnx.passes.plan import form_problems
 CONV_BITS = 8
 EPOCHS = {"balanced": {2: 1, 3: 1}, "best": {2: 3, 3: 3, 4: 3}}
 """Passes over the data that tune scales, by effort and bits: errors of more bits are too small to pay for it."""
+ROTATED_CHANNELS, ROTATED_BLOCKS = 4, 3
+"""Most bits of weights that rotations are tried for, with one scale per channel and in blocks: in blocks of 4 bits they gain little."""
 RATES = {2: 6e-3}  # of tuning, by bits, where not the usual one
 
 _REWRITES: tuple[type[passes.Rewrite], ...] = (passes.Equalize, passes.SplitOutliers, passes.TwinRanges)
@@ -47,7 +49,7 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
     bias = options.get("bias", "auto")
     policy = form.bias if bias == "auto" else bias
     plan = passes.Plan(
-        rewrites=tuple(_rewrites(options)),
+        rewrites=tuple(_rewrites(options, quantize)),
         error_feedback=passes.ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
         output_hessian=_output_hessian(options, "two-sided" if named is None and effort == "best" else "none"),
         magr=_magr(quantize, options.get("alpha")),
@@ -75,7 +77,7 @@ def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
         yield f"unknown option {option!r}" + (closest(option, names) or f"; there are {', '.join(names)}")
     if (form := options.get("format", OPTIONS["format"].default)) not in FORMATS:
         yield f"format {form!r} is not known; {choose_one(form, FORMATS)}"
-    if (rotate := options.get("rotate", "none")) not in OPTIONS["rotate"].choices:
+    if (rotate := options.get("rotate")) not in (None, *OPTIONS["rotate"].choices):
         yield f"rotate={rotate!r} is not known; {choose_one(rotate, OPTIONS['rotate'].choices)}"
     if (bias := options.get("bias", "auto")) not in BIAS:
         yield f"bias={bias!r} is not known; {choose_one(bias, BIAS)}"
@@ -122,9 +124,12 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
         yield from (*convolutions(options).problems(None), *form_problems(options["conv_form"], form.emitter.input_grids))
 
 
-def _rewrites(options: Options) -> Iterator[passes.Rewrite]:
-    """Make the rewrites that are asked for."""
-    if (rotate := options.get("rotate", "none")) != "none":
+def _rewrites(options: Options, quantize: passes.Quantize) -> Iterator[passes.Rewrite]:
+    """Make the rewrites that are asked for, and a rotation where it usually gains, if neither haste nor a quantizer is asked for."""
+    rotate, usual = options.get("rotate"), options.get("quantizer") is None and options.get("effort") != "fast"
+    if rotate is None and usual and quantize.bits <= (ROTATED_CHANNELS if quantize.block_size is None else ROTATED_BLOCKS):
+        yield passes.Rotate(auto=True, optional=True)
+    elif rotate not in (None, "none"):
         yield passes.Rotate(auto=rotate == "auto")
     yield from (rewrite() for rewrite in _REWRITES if options.get(rewrite.name.replace("-", "_")))
     if fraction := options.get("split_salient", 0.0):

@@ -160,7 +160,8 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
     spec, rounds = plan.spec or WeightSpec(), plan.activations is not None
     setting = Context(spec, plan.bias_policy, rounds, context.selection, statistics, trial, gradients, context.spill)
     for stage in plan.rewrites:
-        notes += stage.rewrite(prepared.model, setting) or [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
+        nothing = [] if stage.silent else [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
+        notes += stage.rewrite(prepared.model, setting) or nothing
     context.spill(prepared.model)
     context.lap("rewrite")
     return notes

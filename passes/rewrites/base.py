@@ -101,6 +101,11 @@ class Rewrite(ModelPass):
     input_grids: ClassVar[InputGrids | None] = None
     """Kind of grids of layer inputs that the rewrite needs; None for any, including float inputs."""
 
+    @property
+    def silent(self) -> bool:
+        """Whether there is nothing to say where it changes nothing, because nobody asked for it."""
+        return False
+
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         """Change ``model`` in place; return notes for the report on the changes, or on why there are none; none without either."""

@@ -196,6 +196,7 @@ class Rotate(Rewrite):
 
     Attributes:
         auto: Whether to rotate only where it lowers the loss of the model with its weights rounded to nearest.
+        optional: Whether nothing is said of what cannot be rotated, because nobody asked for it.
         steps: Of the descent from a randomized Hadamard matrix; 0 for that itself.
         seed: Of the matrix.
     """
@@ -206,6 +207,11 @@ class Rotate(Rewrite):
     auto: bool = False
     steps: int = 100
     seed: int = 0
+    optional: bool = False
+
+    @property
+    def silent(self) -> bool:
+        return self.optional
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         del spec
@@ -223,6 +229,8 @@ class Rotate(Rewrite):
 
     def _rotate(self, model: ir.Model, context: Context) -> tuple[bool, list[str]]:
         """Rotate what can be rotated; whether anything was, and what to say of it."""
+        if self.auto and context.trial is None:
+            return False, [] if self.optional else ["rotate: nothing is rotated: the model was not run, which auto needs"]
         streams, changed, notes = find_streams(model), False, list[str]()
         names = [layer.name for layer in context.layers(model)]
         for index, stream in enumerate(streams):
@@ -231,11 +239,11 @@ class Rotate(Rewrite):
                 changed |= verdict.accepted
                 notes.append(verdict.text)
         refused = [stream for stream in streams if stream.problems]
-        if refused:
+        if refused and not self.optional:
             more = f", nor are {len(refused) - 1} others" if len(refused) > 1 else ""
             problems = listed(list(refused[0].problems), "; ")
             notes.append(f"rotate: the residual stream at {refused[0].start} is not rotated{more}: {problems}")
-        if not streams:
+        if not streams and not self.optional:
             notes.append("rotate: there is no residual stream: no sum of values is normalized")
         turned, remarks = self._rotate_heads(model, names, context)
         return changed or turned, [*notes, *remarks]
@@ -246,7 +254,7 @@ class Rotate(Rewrite):
         refused = [heads for heads in found if heads.problems]
         chosen = {i: self._choose(heads, names, context.spec) for i, heads in enumerate(found) if heads.readers and not heads.problems}
         notes = []
-        if refused:
+        if refused and not self.optional:
             problems = listed(list(refused[0].problems), "; ")
             notes.append(f"rotate: the values of {len(refused)} of {len(found)} attentions are not rotated: {problems}")
         if not chosen:
@@ -297,7 +305,7 @@ class Rotate(Rewrite):
     ) -> Verdict:
         """Try a rotation of layers on a copy of the model."""
         if context.trial is None:
-            return Verdict(not self.auto, "not checked: the model was not run" + " (auto needs that)" * self.auto)
+            return Verdict(True, "not checked: the model was not run")
         trial, copy = context.trial(model), _copy(model)
         turn(copy)
         difference = trial.difference(copy)

@@ -33,13 +33,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dynamic-int8, 4-bit weights, balanced": {"format": "dynamic-int8", "bits": 4, "effort": "balanced"},
     "qdq-int8, 4-bit weights, balanced": {"format": "qdq-int8", "bits": 4, "effort": "balanced"},
     "4-bit block 32, balanced": {"bits": 4, "effort": "balanced"},
+    "3-bit block 32, balanced": {"bits": 3, "effort": "balanced"},
     "2-bit block 32, balanced": {"bits": 2, "effort": "balanced"},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "`--equalize`": {"equalize": True},
+    "plain": {"rotate": "none"},
+    "`--equalize`": {"equalize": True, "rotate": "none"},
     "Hadamard": {"hadamard": True},
     "`--rotate on`": {"rotate": "on"},
+    "`--rotate auto`": {"rotate": "auto"},
     "both": {"rotate": "on", "equalize": True},
 }
 

@@ -62,12 +62,21 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
     ({"effort": "best", "output_hessian": "none", "tune_scales": False}, DEFAULTS["matmulnbits"]),
     (
         {"bits": 3},
-        "error-feedback,quantize{method=auto,bits=3},compensate-bias{bias=any},tune-scales{epochs=1,bounded=true},emit-matmulnbits",
+        "rotate{auto=true,optional=true},error-feedback,quantize{method=auto,bits=3},compensate-bias{bias=any},tune-scales{epochs=1,bounded=true},emit-matmulnbits",
     ),
     (
         {"bits": 2, "tune_scales": True},
-        "error-feedback,quantize{method=auto,bits=2},compensate-bias{bias=any},tune-scales{rate=0.006},emit-matmulnbits",
+        "rotate{auto=true,optional=true},error-feedback,quantize{method=auto,bits=2},compensate-bias{bias=any},tune-scales{rate=0.006},emit-matmulnbits",
     ),
+    (
+        {"bits": 3, "rotate": "none", "tune_scales": False},
+        "error-feedback,quantize{method=auto,bits=3},compensate-bias{bias=any},emit-matmulnbits",
+    ),
+    (
+        {"block_size": None},
+        "rotate{auto=true,optional=true},error-feedback,quantize{method=auto,block_size=none},compensate-bias{bias=any},emit-matmulnbits",
+    ),
+    ({"bits": 8, "block_size": None, "bias": "none"}, "error-feedback,quantize{method=auto,bits=8,block_size=none},emit-matmulnbits"),
     ({"bits": 3, "effort": "fast"}, FAST.replace("method=comq", "method=comq,bits=3")),
     ({"bits": 3, "quantizer": "comq"}, FAST.replace("method=comq", "method=comq,bits=3")),
     ({"effort": "fast", "split_salient": 0.1}, f"split-salient{{fraction=0.1}},{FAST}"),

@@ -19,7 +19,7 @@ from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.rotate import rotate, turned_weights
 from magr_onnx.passes.rewrites.stream import find_streams
 from magr_onnx.runtime.ort.session import Session
-from tests.graphs import Array, Builder, random
+from tests.graphs import Array, Builder, chain, random
 from tests.helpers import few_samples
 
 V, T, K, F = 50, 12, 24, 40  # tokens, positions, channels, inner channels
@@ -366,13 +366,17 @@ def test_tables_that_something_else_reads_are_not_stored_twice() -> None:
     np.testing.assert_array_equal(outputs(model), before)
 
 
-def test_models_with_norms_behind_sums_and_models_without_streams() -> None:
+def post_norm() -> ir.Model:
+    """Norms behind the sums."""
     b = Builder()
     x = embedded(b, True)
     for i in range(3):
         x = layer_norm(b, b.node("Add", [x, layer(b, x, f"l{i}", K, K, i, True)]), i)
-    model = b.model(layer(b, x, "head", K, V, 9, True), ["batch", T, V])
-    (note,) = Rotate().rewrite(model, Context())
+    return b.model(layer(b, x, "head", K, V, 9, True), ["batch", T, V])
+
+
+def test_models_with_norms_behind_sums_and_models_without_streams() -> None:
+    (note,) = Rotate().rewrite(post_norm(), Context())
     assert note.startswith("rotate: the residual stream at norm0 is not rotated, nor are 2 others: ")
     b = Builder()
     plain = b.model(layer(b, b.input("x", ["batch", K]), "one", K, F, 1, True), ["batch", F])
@@ -413,7 +417,7 @@ def test_what_is_not_exact_or_does_not_pay_is_refused() -> None:
             for name, array in initializers(model).items():
                 np.testing.assert_array_equal(array, before[name])
     (note,) = Rotate(auto=True).rewrite(decoder(rms_norm), Context())
-    assert "is not rotated: not checked: the model was not run (auto needs that)" in note
+    assert "nothing is rotated: the model was not run, which auto needs" in note
 
 
 def test_layers_that_stay_float_are_turned_too_but_not_chosen_by() -> None:
@@ -444,6 +448,36 @@ def test_rounding_loses_less_where_a_few_channels_are_strong() -> None:
             assert any("rounded to nearest, the loss is" in note for note in report.notes)
     assert errors["on"] < 0.8 * errors["none"]
     assert errors["auto"] == errors["on"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tried"),
+    [
+        ({"bits": 3}, True),
+        ({"bits": 2, "block_size": 16}, True),
+        ({"block_size": None}, True),
+        ({"format": "dynamic-int8", "bits": 4}, True),
+        ({}, False),
+        ({"bits": 3, "rotate": "none"}, False),
+        ({"bits": 3, "effort": "fast"}, False),
+        ({"format": "dynamic-int8"}, False),
+    ],
+)
+def test_few_bits_are_tried_with_a_rotation_by_default(options: dict[str, Any], tried: bool) -> None:
+    data = [{"ids": np.random.default_rng(s).integers(0, V, (6, T))} for s in range(4)]
+    _, report = magr_onnx.optimize(decoder(layer_norm), data, **options)
+    assert any("rotate: " in note and "rounded to nearest, the loss is" in note for note in report.notes) == tried
+
+
+@pytest.mark.parametrize("more", [{}, {"max_memory": "1kB"}])
+def test_nobody_is_told_of_rotations_they_did_not_ask_for(more: dict[str, Any]) -> None:
+    """Neither where there is no stream, nor where norms stand behind sums, nor where the model cannot be run as a whole."""
+    for model, data in (
+        (chain(), {"x": random(16, 48)}),
+        (post_norm(), {"ids": np.random.default_rng(0).integers(0, V, (6, T))}),
+    ):
+        _, report = magr_onnx.optimize(model, data, bits=3, **more)
+        assert not any("rotat" in note for note in report.notes), report.notes
 
 
 @pytest.mark.parametrize("data", [True, False])
