@@ -27,7 +27,7 @@ from magr_onnx.core.gram import RowGram
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, absorbs_mean, relative_error
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.moments import pooled
-from magr_onnx.core.types import LayerStats
+from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
 from magr_onnx.passes.graph.nodes import layer_name
@@ -52,14 +52,14 @@ class SharedWeight:
         self._solved: LayerSolution | None = None
         self._notes: tuple[str, ...] = ()
 
-    def stats(self, policy: BiasPolicy | None) -> LayerStats:
-        """The statistics of all readers together, under a policy of the bias compensation; see the module."""
+    def stats(self, policy: BiasPolicy | None, weight: Array) -> LayerStats:
+        """The statistics of all readers of ``weight (K, N)`` together, under a policy of the bias compensation; see the module."""
         if policy not in self._stats:
             measured = [(s, absorbs_mean(policy, layer.has_bias)) for layer, s in self._readers if s is not None and not s.is_data_free]
             first = self._readers[0][0]
             if measured and first.embeds:
                 measured.append((_of_rows(measured[0][0]), False))
-            powers = [layer_error(first.read(), s.gram) for s, _ in measured]
+            powers = [layer_error(weight, s.gram) for s, _ in measured]
             self._stats[policy] = pooled(measured, powers) if measured else LayerStats.data_free(first.k)
         return self._stats[policy]
 
@@ -77,7 +77,8 @@ class SharedWeight:
                 solution = replace(solution, record=solution.record.noting(*notes))
             if first:
                 count = len(solution.record.notes)
-                pooled_problem = replace(problem, stats=self.stats(policy), target_moments=None, output_hessian=None, adaptive_hessian=None)
+                stats = self.stats(policy, problem.weight)
+                pooled_problem = replace(problem, stats=stats, target_moments=None, output_hessian=None, adaptive_hessian=None)
                 solution = stage.solve(pooled_problem, solution)
                 self._solved, self._notes = solution, (*self._notes, *solution.record.notes[count:])
             elif before:

@@ -136,15 +136,15 @@ def test_a_reader_without_data_takes_no_part() -> None:
     layers, _ = find(readers(2))
     seen = stats_of(rows_of(0))
     shared = SharedWeight([(layers[0], seen), (layers[1], None)])
-    np.testing.assert_allclose(shared.stats(None).gram, seen.gram)
-    assert SharedWeight([(layer, None) for layer in layers]).stats(None).is_data_free
+    np.testing.assert_allclose(shared.stats(None, WEIGHT).gram, seen.gram)
+    assert SharedWeight([(layer, None) for layer in layers]).stats(None, WEIGHT).is_data_free
 
 
 def test_held_out_rows_are_those_of_all_readers() -> None:
     layers, _ = find(readers(2))
     parts = [[rows_of(i)[:16], rows_of(i)[16:]] for i in range(2)]
     stats = [replace(stats_of(np.concatenate(p)), folds=tuple(map(stats_of, p))) for p in parts]
-    shared = SharedWeight(list(zip(layers, stats, strict=True))).stats(None)
+    shared = SharedWeight(list(zip(layers, stats, strict=True))).stats(None, WEIGHT)
     assert [fold.rows for fold in shared.folds] == [32, sum(len(p[1]) for p in parts)]
     factors = [1 / np.square(np.concatenate(p) @ WEIGHT).sum() for p in parts]
     for index, fold in enumerate(shared.folds):  # with the factors of all rows: a fold is no reader of its own
