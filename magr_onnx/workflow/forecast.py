@@ -61,9 +61,6 @@ PASSES, RANGES, GRADIENTS, TUNING = 5.0, 9.0, 7.0, 4.0
 """Passes of the float model that take as long: calibration with error feedback, of two models in segments; measuring ranges; gradients;
 an epoch of tuning scales."""
 
-MAPPED = 3
-"""Times the size of the float model that is in memory beside what tuning allocates: files mapped by both models, and what the run holds."""
-
 STAGE = 0.03
 """Seconds that sessions take to begin for every input of layers, with error feedback."""
 
@@ -387,5 +384,5 @@ def _memory(prepared: Prepared, rows: Mapping[str, int], context: RunContext) ->
         return BASE + max(solver, context.memory.gram_budget + context.memory.cache)
     grams = min(context.memory.gram_budget, sum({layer.reads: 24 * layer.k**2 for layer in prepared.layers}.values()))
     data = None if prepared.plan.tuning is None else prepared.data
-    tunes = 0 if data is None else tuning.memory(prepared, data) + MAPPED * prepared.bytes
+    tunes = 0 if data is None else tuning.memory(prepared, data)
     return BASE + max(prepared.bytes + grams * bool(rows), solver + prepared.bytes // 2, 2 * prepared.bytes, tunes)

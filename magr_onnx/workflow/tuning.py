@@ -21,6 +21,9 @@ from magr_onnx.workflow.layer_round import Round, Setup, begin, write_again
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.solutions import Solutions
 
+BESIDE = 3
+"""Times the size of the float model that is in memory beside what tuning allocates: files mapped by both models, and what the run holds."""
+
 
 def tuned(
     done: Round, setup: Setup, search: mixed_precision.Search | None, prepared: Prepared, context: RunContext, notes: list[str]
@@ -34,9 +37,9 @@ def tuned(
         if not stage.bounded:  # it was asked for
             notes.append("scales were not tuned: there are no calibration data")
         return done
-    needed = memory(prepared, calibration.data)
-    if not fits(stage, needed, context):
-        notes.append(f"scales were not tuned: that takes about {needed / 1e9:.1f} GB; a higher max_memory allows it")
+    if not _fits(stage, prepared, calibration.data, context):
+        needed = memory(prepared, calibration.data) / 1e9
+        notes.append(f"scales were not tuned: the run would take about {needed:.1f} GB; a higher max_memory allows it")
         return done
     base = begin(setup, search, context)
     names = tunable(base.layers, solutions, setup.tied)
@@ -78,22 +81,28 @@ def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collectio
 
 
 def memory(prepared: Prepared, data: Batches) -> int:
-    """Estimate the memory that tuning takes, bytes."""
+    """Estimate the memory of the run while it tunes, bytes."""
+    return _allocated(prepared, data) + BESIDE * prepared.bytes
+
+
+def _allocated(prepared: Prepared, data: Batches) -> int:
+    """Estimate what tuning allocates, bytes."""
     return scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
 
 
 def planned(prepared: Prepared, context: RunContext) -> Prepared:
     """Return a prepared run without tuning in its plan where there will be none."""
     stage, data = prepared.plan.tuning, prepared.data
-    if stage is None or (data is not None and fits(stage, memory(prepared, data), context)):
+    if stage is None or (data is not None and _fits(stage, prepared, data, context)):
         return prepared
     return replace(prepared, plan=replace(prepared.plan, tuning=None))
 
 
-def fits(stage: TuneScales, needed: int, context: RunContext) -> bool:
-    """Whether a run may take the memory, bytes, that tuning needs."""
-    limit = context.memory.limit if stage.bounded else context.memory.asked
-    return not context.memory.large and (limit is None or needed <= limit)
+def _fits(stage: TuneScales, prepared: Prepared, data: Batches, context: RunContext) -> bool:
+    """Whether a run may take the memory that tuning needs; the usual limit, for what tuning allocates, is for what was not asked for."""
+    if context.memory.asked is not None:
+        return not context.memory.large and memory(prepared, data) <= context.memory.asked
+    return not context.memory.large and (not stage.bounded or _allocated(prepared, data) <= context.memory.limit)
 
 
 def _note(result: scale_tuning.Tuned) -> str:

@@ -15,6 +15,7 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.calibration import scale_tuning
 from magr_onnx.runtime.measure.validate import log_softmax
 from magr_onnx.runtime.ort.session import Session
+from magr_onnx.workflow import tuning
 from tests import graphs
 from tests.graphs import Array, Builder, random
 
@@ -85,7 +86,7 @@ def test_why_nothing_was_tuned(source: object, data: object, said: str) -> None:
 def test_a_limit_of_memory_is_kept_and_what_tuning_takes_is_said() -> None:
     data, most = [{"x": random(4, 3, graphs.K, seed=i)} for i in range(8)], 5_000
     _, report = magr_onnx.optimize(graphs.matmul(), data, quantizer="rtn", bits=2, tune_scales=True, include=["*"], max_memory=most)
-    assert any(note.startswith("scales were not tuned: that takes about 0.0 GB; a higher max_memory") for note in report.notes)
+    assert any(note.startswith("scales were not tuned: the run would take about 0.0 GB; a higher max_memory") for note in report.notes)
 
 
 def test_what_an_effort_tunes_is_within_the_usual_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +101,8 @@ def test_what_an_effort_tunes_is_within_the_usual_limit(monkeypatch: pytest.Monk
     gigabyte = 1e9
     assert [said(20), said(gigabyte), said(gigabyte, tune_scales=True), said(gigabyte, effort="best")] == [False, True, False, False]
     assert said(gigabyte, tune_scales=True, max_memory="5GB")
+    monkeypatch.setattr(tuning, "BESIDE", 10_000_000)  # a given limit is that of the whole run
+    assert [said(20), said(20, max_memory="5GB")] == [False, True]
 
 
 def test_without_data_nothing_is_said_of_tuning_that_was_not_asked_for() -> None:
