@@ -137,8 +137,8 @@ class Options(TypedDict, total=False):
         help="Rotate the residual stream of a transformer, and the values of its attentions, so that weights are easier to round; folded "
         "into the weights, at no cost: none; on; auto: where it lowers the loss of the model with weights rounded to nearest. The stream "
         "stays as it is where norms stand behind the sums (BERT).",
-        default_text="auto where weights have 2 or 3 bits, or 4 and one scale per channel, unless effort fast or a quantizer is given; "
-        "else none",
+        default_text="on for weights of up to 4 bits with one scale per channel and auto for 2 and 3 bits in blocks, unless effort fast or "
+        "a quantizer is given; else none",
         panel=FINE, metavar="NAME",
         whole_run="it turns what layers share")]
     equalize: Annotated[bool, OptionSpec(

@@ -196,7 +196,7 @@ class Rotate(Rewrite):
 
     Attributes:
         auto: Whether to rotate only where it lowers the loss of the model with its weights rounded to nearest.
-        optional: Whether nothing is said of what cannot be rotated, because nobody asked for it.
+        optional: Whether nobody asked for it: nothing is said of what cannot be rotated, and a model that was not run is left alone.
         steps: Of the descent from a randomized Hadamard matrix; 0 for that itself.
         seed: Of the matrix.
     """
@@ -229,7 +229,7 @@ class Rotate(Rewrite):
 
     def _rotate(self, model: ir.Model, context: Context) -> tuple[bool, list[str]]:
         """Rotate what can be rotated; whether anything was, and what to say of it."""
-        if self.auto and context.trial is None:
+        if context.trial is None and (self.auto or self.optional):
             return False, [] if self.optional else ["rotate: nothing is rotated: the model was not run, which auto needs"]
         streams, changed, notes = find_streams(model), False, list[str]()
         names = [layer.name for layer in context.layers(model)]

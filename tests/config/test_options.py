@@ -74,7 +74,7 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"block_size": None},
-        "rotate{auto=true,optional=true},error-feedback,quantize{method=auto,block_size=none},compensate-bias{bias=any},emit-matmulnbits",
+        "rotate{optional=true},error-feedback,quantize{method=auto,block_size=none},compensate-bias{bias=any},emit-matmulnbits",
     ),
     ({"bits": 8, "block_size": None, "bias": "none"}, "error-feedback,quantize{method=auto,bits=8,block_size=none},emit-matmulnbits"),
     ({"bits": 3, "effort": "fast"}, FAST.replace("method=comq", "method=comq,bits=3")),
