@@ -49,7 +49,7 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
     bias = options.get("bias", "auto")
     policy = form.bias if bias == "auto" else bias
     plan = passes.Plan(
-        rewrites=tuple(_rewrites(options, quantize)),
+        rewrites=tuple(_rewrites(options, form, quantize)),
         error_feedback=passes.ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
         output_hessian=_output_hessian(options, "two-sided" if named is None and effort == "best" else "none"),
         magr=_magr(quantize, options.get("alpha")),
@@ -124,10 +124,13 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
         yield from (*convolutions(options).problems(None), *form_problems(options["conv_form"], form.emitter.input_grids))
 
 
-def _rewrites(options: Options, quantize: passes.Quantize) -> Iterator[passes.Rewrite]:
-    """Make the rewrites that are asked for, and a rotation where it usually gains, if neither haste nor a quantizer is asked for."""
-    rotate = options.get("rotate")
-    if rotate is None and options.get("quantizer") is None and options.get("effort") != "fast":
+def _rewrites(options: Options, form: Format, quantize: passes.Quantize) -> Iterator[passes.Rewrite]:
+    """Make the rewrites that are asked for, and a rotation where it usually gains, if neither haste nor a quantizer is asked for.
+
+    Where the whole graph is to be in integers there is none: before a tied head it would leave a product in float.
+    """
+    rotate, whole = options.get("rotate"), form.make_emitter(options).rules is not None
+    if rotate is None and not whole and options.get("quantizer") is None and options.get("effort") != "fast":
         if quantize.bits <= ROTATED_CHANNELS and quantize.block_size is None:
             yield passes.Rotate(optional=True)
         elif quantize.bits <= TRIED_BLOCKS and quantize.block_size is not None:

@@ -9,8 +9,8 @@ with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean.
 run once, for the first reader, under ``H``; the others take its codes over. Bias compensation and emission stay each reader's own, from its
 own mean and activation grid; constants made of the codes are shared.
 
-A Gather of rows of ``W^T`` is one more reader, whose inputs are ones: ``H_r = I``, and its power ``p_r`` is that of the weight. Without it
-the errors of few bits go where the layer sees little of them, and are as large as the embeddings there.
+A Gather of rows of ``W^T`` is one more reader, whose inputs are unit vectors: ``H_r = I``, and its power ``p_r`` is that of the weight.
+Without it the errors of few bits go where the layer sees little of them, and are as large as the embeddings there.
 
 Second moments of gradients differ between readers and do not add up to one matrix: a shared weight is rounded without them.
 """

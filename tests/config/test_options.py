@@ -76,6 +76,10 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
         {"block_size": None},
         "rotate{optional=true},error-feedback,quantize{method=auto,block_size=none},compensate-bias{bias=any},emit-matmulnbits",
     ),
+    (
+        {"format": "qdq-full", "bits": 4},
+        "magr,quantize-activations,quantize{method=comq,block_size=none,symmetric=true},compensate-bias,emit-qdq-full",
+    ),
     ({"bits": 8, "block_size": None, "bias": "none"}, "error-feedback,quantize{method=auto,bits=8,block_size=none},emit-matmulnbits"),
     ({"bits": 3, "effort": "fast"}, FAST.replace("method=comq", "method=comq,bits=3")),
     ({"bits": 3, "quantizer": "comq"}, FAST.replace("method=comq", "method=comq,bits=3")),
