@@ -87,7 +87,7 @@ def _looked_up(m: Maker, x: Value, ids: str, rows: int) -> Value:
 
 def _table(m: Maker, x: Value) -> Value:
     """An embedding, whose table logits may be made with."""
-    rows, ids = m.rng.choice((2, 7, 40)), m.name("ids")
+    rows, ids = m.rng.choice((2, 7, 64)), m.name("ids")
     kind = m.rng.choice((np.int64, np.int32))
     m.draw[ids] = lambda: m.arrays.integers(0, rows, x.shape[:-1]).astype(kind)
     m.inputs[ids] = m.draw[ids]()
