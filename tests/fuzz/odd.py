@@ -79,10 +79,20 @@ def _looked_up(m: Maker, x: Value, ids: str, rows: int) -> Value:
         table = m.constant(m.floats(rows, width), "table")
         m.weights.append((table, (rows, width)))
     row = m.node("Gather", [table, ids], (*x.shape[:-1], width))
-    if m.rng.random() < 0.4:
-        turned = m.node("Transpose", [table], (width, rows), perm=[1, 0])
-        row = m.node("MatMul", [row.name, turned.name], (*x.shape[:-1], rows))
-    return _join(m, x, row)
+    return _join(m, x, _logits(m, row, table, rows) if m.rng.random() < 0.4 else row)
+
+
+def _logits(m: Maker, x: Value, table: str, rows: int) -> Value:
+    """Products with the rows of a table, or with half of them, or with its columns where it is square."""
+    shape, form = (*x.shape[:-1], rows), len(m.nodes) % 3  # not drawn, so that seeds that failed once stay what they were
+    if form == 1 and rows == x.shape[-1]:
+        return m.node("MatMul", [x.name, table], shape)
+    if form == 2 and m.opset >= 11:
+        flat = m.node("Reshape", [x.name, m.integers(-1, x.shape[-1])], (int(np.prod(shape[:-1])), x.shape[-1]))
+        half = m.node("Gemm", [flat.name, table], (flat.shape[0], rows), transB=1, alpha=0.5)
+        return m.node("Reshape", [half.name, m.integers(*shape)], shape)
+    turned = m.node("Transpose", [table], (x.shape[-1], rows), perm=[1, 0])
+    return m.node("MatMul", [x.name, turned.name], shape)
 
 
 def _table(m: Maker, x: Value) -> Value:
