@@ -196,7 +196,8 @@ class Rotate(Rewrite):
 
     Attributes:
         auto: Whether to rotate only where it lowers the loss of the model with its weights rounded to nearest.
-        optional: Whether nobody asked for it: nothing is said of what cannot be rotated, and a model that was not run is left alone.
+        optional: Whether nobody asked for it: nothing is said of what cannot be rotated, a model that was not run is left alone, and so
+            are values of attentions where no stream is rotated.
         steps: Of the descent from a randomized Hadamard matrix; 0 for that itself.
         seed: Of the matrix.
     """
@@ -245,6 +246,8 @@ class Rotate(Rewrite):
             notes.append(f"rotate: the residual stream at {refused[0].start} is not rotated{more}: {problems}")
         if not streams and not self.optional:
             notes.append("rotate: there is no residual stream: no sum of values is normalized")
+        if self.optional and not changed:  # values alone gain next to nothing
+            return False, notes
         turned, remarks = self._rotate_heads(model, names, context)
         return changed or turned, [*notes, *remarks]
 

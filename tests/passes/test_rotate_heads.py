@@ -142,6 +142,14 @@ def test_the_pass_rotates_them_and_says_so(name: str) -> None:
     assert any("rotated the values of 1 attentions" in note and "float outputs differ by" in note for note in report.notes)
 
 
+def test_values_alone_are_rotated_only_if_asked_for() -> None:
+    data = [{"x": random(8, T, K, seed=s, scale=1)} for s in range(2)]
+    for options, turned in (({}, False), ({"rotate": "on"}, True)):
+        _, report = magr_onnx.optimize(attention(separate, True), data, bits=4, block_size=None, **options)  # type: ignore[arg-type]
+        assert report.pipeline.startswith("rotate")
+        assert any("rotated the values of 1 attention" in note for note in report.notes) == turned
+
+
 def test_attentions_that_share_their_values_are_turned_once() -> None:
     b = Builder()
     x = b.input("x", ["batch", T, K])
