@@ -178,7 +178,7 @@ def measure(request: OptimizeRequest) -> Forecast:
             seconds=seconds,
             memory=_memory(prepared, rows, context),
             bytes_before=prepared.bytes,
-            bytes_after=files.model_bytes(size_model.converted(prepared.model, plans))
+            bytes_after=files.model_bytes(size_model.converted(prepared.model, plans, calibrated=prepared.data is not None))
             + sum(experts.packed_bytes(plan, layer, prepared.data is not None) - layer.bytes for layer in _mixtures(prepared)),
             notes=tuple(_left_out(prepared, request)),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -44,19 +43,18 @@ def without_growing(
     if request.requantize or request.budget is not None or plan.rules is not None:
         return layers, shared
     asked = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, request.provider)
-    writing = plan if request.calibration is not None else replace(plan, bias=None)  # which adds none without data
-    growing = _growing(base, [layer for layer in layers if layer.name not in asked], writing)
+    growing = _growing(base, [layer for layer in layers if layer.name not in asked], plan, request.calibration is not None)
     return [layer for layer in layers if layer.name not in growing], [*shared, *growing.values()]
 
 
-def _growing(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -> dict[str, Skip]:
+def _growing(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan, calibrated: bool) -> dict[str, Skip]:
     """Find layers that take no fewer bytes converted than in float; of those that share a tensor all, or none."""
     tiny = [group for group in by_tensor(layers) if _may_grow(group)]
     if not tiny:
         return {}
     copy = model.clone()
     copies = {layer.name: layer for layer in find(copy)[0]}
-    writer, before, found = Writer(copies.values(), None), files.model_bytes(copy), dict[str, Skip]()
+    writer, before, found = Writer(copies.values(), None, calibrated=calibrated), files.model_bytes(copy), dict[str, Skip]()
     for group in tiny:
         for layer in group:
             writer.write(copies[layer.name], plan)

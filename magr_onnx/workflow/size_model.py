@@ -50,11 +50,14 @@ def by_tensor(layers: Iterable[LinearLayer]) -> list[list[LinearLayer]]:
     return list(groups.values())
 
 
-def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = None) -> ir.Model:
-    """A copy of ``model`` with every layer named in ``plans`` converted to placeholders: the size of the result, without the work."""
+def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = None, *, calibrated: bool = True) -> ir.Model:
+    """A copy of ``model`` with every layer named in ``plans`` converted to placeholders: the size of the result, without the work.
+
+    ``calibrated`` says whether there are data, without which no bias is added.
+    """
     copy = model.clone()
     layers = [layer for layer in find(copy)[0] if layer.name in plans]
-    writer = Writer(layers, grids)
+    writer = Writer(layers, grids, calibrated=calibrated)
     for layer in layers:
         writer.write(layer, plans[layer.name])
     return copy
@@ -63,10 +66,11 @@ def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = 
 class Writer:
     """Writes layers of one graph as their placeholders."""
 
-    def __init__(self, layers: Iterable[LinearLayer], grids: Grids | None) -> None:
-        """Begin, with all layers of the graph, and the 8-bit grids of what they read where these are known."""
+    def __init__(self, layers: Iterable[LinearLayer], grids: Grids | None, *, calibrated: bool = True) -> None:
+        """Begin, with all layers of the graph, the 8-bit grids of what they read where these are known, and whether there are data."""
         self._shared = sharing(layers)
         self._grids = grids
+        self._rows = int(calibrated)
         self._constants: dict[Hashable, WeightConstants] = {}
 
     def write(self, layer: LinearLayer, plan: Plan) -> None:
@@ -78,9 +82,9 @@ class Writer:
         plan.emitter.emit(layer, problem, plan.placeholder(problem), constants)
 
     def _problem(self, layer: LinearLayer) -> LayerProblem:
-        """A problem of the layer's shape, with calibration data, without its elements."""
+        """A problem of the layer's shape, without its elements."""
         weight = np.broadcast_to(np.float32(0), (layer.k, layer.n))
         bias = np.zeros(layer.n) if layer.has_bias else None
-        stats = replace(LayerStats.data_free(layer.k), rows=1)
+        stats = replace(LayerStats.data_free(layer.k), rows=self._rows)
         problem = LayerProblem(weight, bias, stats, float_type(layer.dtype), ActivationGrid(1.0, 0))
         return with_grids(problem, layer, self._grids) if self._grids else problem
