@@ -131,10 +131,9 @@ def _rewrites(options: Options, form: Format, quantize: passes.Quantize) -> Iter
     """
     rotate, whole = options.get("rotate"), form.make_emitter(options).rules is not None
     if rotate is None and not whole and options.get("quantizer") is None and options.get("effort") != "fast":
-        if quantize.bits <= ROTATED_CHANNELS and quantize.block_size is None:
-            yield passes.Rotate(optional=True)
-        elif quantize.bits <= TRIED_BLOCKS and quantize.block_size is not None:
-            yield passes.Rotate(auto=True, optional=True)
+        blocks = quantize.block_size is not None
+        if quantize.bits <= (TRIED_BLOCKS if blocks else ROTATED_CHANNELS):
+            yield passes.Rotate(auto=blocks, optional=True)
     elif rotate not in (None, "none"):
         yield passes.Rotate(auto=rotate == "auto")
     yield from (rewrite() for rewrite in _REWRITES if options.get(rewrite.name.replace("-", "_")))

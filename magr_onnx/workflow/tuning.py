@@ -37,9 +37,9 @@ def tuned(
         if not stage.bounded:  # it was asked for
             notes.append("scales were not tuned: there are no calibration data")
         return done
-    if not _fits(stage, prepared, calibration.data, context):
-        needed = memory(prepared, calibration.data) / 1e9
-        notes.append(f"scales were not tuned: the run would take about {needed:.1f} GB; a higher max_memory allows it")
+    needed = memory(prepared, calibration.data)
+    if not _fits(stage, needed, prepared, context):
+        notes.append(f"scales were not tuned: the run would take about {needed / 1e9:.1f} GB; a higher max_memory allows it")
         return done
     base = begin(setup, search, context)
     names = tunable(base.layers, solutions, setup.tied)
@@ -82,27 +82,30 @@ def tunable(layers: Sequence[LinearLayer], solutions: Solutions, tied: Collectio
 
 def memory(prepared: Prepared, data: Batches) -> int:
     """Estimate the memory of the run while it tunes, bytes."""
-    return _allocated(prepared, data) + BESIDE * prepared.bytes
+    return scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data)) + _beside(prepared)
 
 
-def _allocated(prepared: Prepared, data: Batches) -> int:
-    """Estimate what tuning allocates, bytes."""
-    return scale_tuning.memory(prepared.bytes, data, output_elements(prepared.model, data))
+def _beside(prepared: Prepared) -> int:
+    """Estimate what of it tuning does not allocate itself, bytes."""
+    return BESIDE * prepared.bytes
 
 
 def planned(prepared: Prepared, context: RunContext) -> Prepared:
     """Return a prepared run without tuning in its plan where there will be none."""
     stage, data = prepared.plan.tuning, prepared.data
-    if stage is None or (data is not None and _fits(stage, prepared, data, context)):
+    if stage is None or (data is not None and _fits(stage, memory(prepared, data), prepared, context)):
         return prepared
     return replace(prepared, plan=replace(prepared.plan, tuning=None))
 
 
-def _fits(stage: TuneScales, prepared: Prepared, data: Batches, context: RunContext) -> bool:
-    """Whether a run may take the memory that tuning needs; the usual limit, for what tuning allocates, is for what was not asked for."""
+def _fits(stage: TuneScales, needed: int, prepared: Prepared, context: RunContext) -> bool:
+    """Whether a run may take the memory, bytes, it needs while it tunes; for what was not asked for, without a limit, the usual one holds
+    for what tuning allocates."""
+    if context.memory.large:
+        return False
     if context.memory.asked is not None:
-        return not context.memory.large and memory(prepared, data) <= context.memory.asked
-    return not context.memory.large and (not stage.bounded or _allocated(prepared, data) <= context.memory.limit)
+        return needed <= context.memory.asked
+    return not stage.bounded or needed - _beside(prepared) <= context.memory.limit
 
 
 def _note(result: scale_tuning.Tuned) -> str:

@@ -21,9 +21,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-import numpy as np
-
-from magr_onnx.core.gram import RowGram
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, absorbs_mean, relative_error
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.moments import pooled
@@ -107,8 +104,7 @@ def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) 
 
 def _of_rows(like: LayerStats) -> LayerStats:
     """Return the statistics of who reads single rows of the transposed weight, with as many rows in every fold as those of a layer."""
-    k, folds = len(like.mean), tuple(map(_of_rows, like.folds))
-    return LayerStats(RowGram.diagonal_of(np.ones(k)), np.zeros(k), like.rows, folds=folds, backend=like.backend)
+    return replace(LayerStats.data_free(len(like.mean)), rows=like.rows, folds=tuple(map(_of_rows, like.folds)), backend=like.backend)
 
 
 def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Hashable, SharedWeight]:

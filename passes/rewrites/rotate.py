@@ -239,14 +239,9 @@ class Rotate(Rewrite):
                 verdict = self._try(model, index, stream, names, context)
                 changed |= verdict.accepted
                 notes.append(verdict.text)
-        refused = [stream for stream in streams if stream.problems]
-        if refused and not self.optional:
-            more = f", nor are {len(refused) - 1} others" if len(refused) > 1 else ""
-            problems = listed(list(refused[0].problems), "; ")
-            notes.append(f"rotate: the residual stream at {refused[0].start} is not rotated{more}: {problems}")
-        if not streams and not self.optional:
-            notes.append("rotate: there is no residual stream: no sum of values is normalized")
-        if self.optional and not changed:  # values alone gain next to nothing
+        if not self.optional:
+            notes += _refusals(streams)
+        elif not changed:  # values alone gain next to nothing
             return False, notes
         turned, remarks = self._rotate_heads(model, names, context)
         return changed or turned, [*notes, *remarks]
@@ -333,6 +328,18 @@ class Verdict:
 
     accepted: bool
     text: str
+
+
+def _refusals(streams: Sequence[Stream]) -> list[str]:
+    """Say why streams are not rotated, or that there are none."""
+    if not streams:
+        return ["rotate: there is no residual stream: no sum of values is normalized"]
+    refused = [stream for stream in streams if stream.problems]
+    if not refused:
+        return []
+    more = f", nor are {len(refused) - 1} others" if len(refused) > 1 else ""
+    problems = listed(list(refused[0].problems), "; ")
+    return [f"rotate: the residual stream at {refused[0].start} is not rotated{more}: {problems}"]
 
 
 def _copy(model: ir.Model) -> ir.Model:
