@@ -24,7 +24,7 @@ from magr_onnx.report.layer_row import LayerRow, with_unique_scopes
 from magr_onnx.report.reasons import ConvReason, Reason
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import GridChoice, Grids
-from magr_onnx.runtime.calibration.mask import masked_values
+from magr_onnx.runtime.calibration.mask import excludes, masked_values
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import (
     conv_sensitivity,
@@ -134,7 +134,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     rows = _rows(done, setup, others, model)
     emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in others if row.op in (*GATES, "Conv")}
     skips = [*setup.skips, *done.skips, *done.convolutions.skips]
-    notes += [*_remarks(done, context), *context.device_notes(rows), *context.notes(done.model)]
+    notes += [*_remarks(done, data, context), *context.device_notes(rows), *context.notes(done.model)]
     digests = done.digests | begun.digests | done.tables.digests | done.convolutions.digests
     return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search, setup.may_widen, bool(rounding.grids))
 
@@ -272,7 +272,7 @@ def _rows(done: Round, setup: Setup, begun: Sequence[LayerRow], model: ir.Model)
     return with_unique_scopes(replace(row, depth=depth.get(row.name)) for row in rows)
 
 
-def _remarks(done: Round, context: RunContext) -> list[str]:
+def _remarks(done: Round, data: Batches | None, context: RunContext) -> list[str]:
     notes = []
     if done.spilled:
         cache = megabytes(context.memory.cache)
@@ -290,7 +290,7 @@ def _remarks(done: Round, context: RunContext) -> list[str]:
             f"one (about {sum(size for _, size in repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, "
             "128 and 256 only"
         )
-    if done.unmasked:
+    if done.unmasked and data is not None and context.mask is not None and excludes(data, context.mask):
         names = list(dict.fromkeys(done.unmasked))
         notes.append(
             f"{listed(names)}: all input rows count, since there is not one for each element of the mask {context.mask!r} "

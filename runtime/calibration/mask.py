@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, RuntimeFailure
-from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, current_shape
+from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, current_mask, current_shape
 from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -86,6 +86,11 @@ class MaskRule:
 def kept_rows(mask: npt.NDArray[np.bool_] | None, shape: Shape) -> npt.NDArray[np.bool_] | None:
     """Flatten a batch's mask ``(n,)`` for a value that follows it; None, for all rows, without a mask or where the shape differs."""
     return mask.reshape(-1) if mask is not None and _fits(shape, mask.shape) else None
+
+
+def excludes(data: Batches, mask: str) -> bool:
+    """Whether a mask excludes any row, in the batches up to the first where it does."""
+    return not all(current_mask(batch, mask).all() for batch in data)
 
 
 def masked_values(model: ir.Model, names: Iterable[str], context: CalibrationContext) -> set[str]:

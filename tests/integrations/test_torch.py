@@ -601,6 +601,9 @@ def test_layers_the_mask_says_nothing_of_are_named() -> None:
     data = {"x": torch.randn(16, 6, 32), "attention_mask": torch.ones(16, 6, dtype=torch.int64)}
     example = {name: value[:2] for name, value in data.items()}
     notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
+    assert not [n for n in notes if "attention_mask" in n]  # a mask that excludes nothing changes nothing
+    data["attention_mask"][3, 4:] = 0
+    notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
     assert [n for n in notes if "attention_mask" in n] == [
         "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (pooled or reshaped before)"
     ]
