@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -227,30 +228,39 @@ def test_errors_are_one_message_and_leave_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_interrupt_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
-    out, job = tmp_path / "out.onnx", tmp_path / "job"
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminal closed")],
+)
+def test_signals_keep_the_old_file(number: signal.Signals, code: int, said: str, folder: Path, tmp_path: Path) -> None:
+    out, job, temporary = tmp_path / "out.onnx", tmp_path / "job", tmp_path / "temporary"
+    temporary.mkdir()
     out.write_bytes(b"precious")
     arguments = ["onnx-magr", "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--effort", "fast"]
     arguments += ["--resume", job]
     script = f"""
-import sys, time, magr_onnx.cli.main
+import sys, tempfile, time, magr_onnx.cli.main
 from magr_onnx.runtime.calibration import moments
 def slow(*args, **options):
-    print("calibrating", flush=True)
-    time.sleep(3600)
+    with tempfile.TemporaryDirectory():
+        print("calibrating", flush=True)
+        time.sleep(3600)
 moments.collect = slow
 sys.argv = {list(map(str, arguments))!r}
 magr_onnx.cli.main.main()
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "calibrating\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; no output was changed; the same command continues where it stopped"
+    assert process.returncode == code
+    assert errors.splitlines()[-1] == f"{said}; no output was changed; the same command continues where it stopped"
     assert out.read_bytes() == b"precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx", "temporary"]
+    assert {p.name for p in temporary.iterdir()} <= {".ses"}  # onnxruntime's own
 
 
 @pytest.mark.long
