@@ -52,6 +52,7 @@ from common import (
 )
 
 import magr_onnx
+from magr_onnx.config.plans import plan_of
 from magr_onnx.models import bundled
 from magr_onnx.runtime.measure.validate import log_softmax
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -118,9 +119,8 @@ def without_refits() -> Method:
     """The default with the grids of the first pass: neither scales nor zero points are refitted."""
 
     def run(model: Path, calibration: Path, output: Path, setting: Setting) -> None:
-        block = setting.block or "channel"
-        quantize = f"quantize{{method=auto,bits={setting.bits},block_size={block},rescale=false}}"
-        text = f"error-feedback,{quantize},compensate-bias{{bias=any}},emit-matmulnbits"
+        plan = plan_of({"bits": setting.bits, "block_size": setting.block})
+        text = str(replace(plan, quantize=replace(plan.quantize, rescale=False)))
         magr_onnx.optimize(model, calibration, output=output, pipeline_text=text)
 
     return Method("balanced without refits", run)
@@ -137,7 +137,9 @@ METHODS = (
     ours("HQQ", quantizer="hqq", alpha=0),
     ours("fast: MagR + COMQ", effort="fast"),
     ours("balanced (default)"),
-    ours("balanced without feedback", quantizer="auto"),
+    ours("balanced without feedback", feedback=False),
+    ours("balanced without rotations", rotate="none"),
+    ours("balanced without tuned scales", tune_scales=False),
     ours("balanced without MagR", alpha=0),
     ours("balanced without bias", bias="none"),
     without_refits(),
