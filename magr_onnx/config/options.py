@@ -163,11 +163,12 @@ class Options(TypedDict, total=False):
         whole_run=_PROOF, belongs_to="format")]
     target_size: Annotated[str | None, OptionSpec(
         help="Mixed precision, least loss in a file of this size: 25% of the source, 4bit (as all layers at 4), 30MB. A block size "
-        "given with it is the only one tried.", panel=WEIGHTS, metavar="SIZE", whole_run=_BUDGET, displaces=("bits", "max_loss"))]
+        "given with it is the only one tried.", expected="a text such as '25%', '4bit' or '30MB'", panel=WEIGHTS, metavar="SIZE",
+        whole_run=_BUDGET, displaces=("bits", "max_loss"))]
     max_loss: Annotated[str | None, OptionSpec(
         help="Mixed precision, smallest file of this loss on held-out calibration data. 1% is 0.01 of the mean KL divergence in nats "
         "(logits) or of 1 - mean cosine (other outputs), not of the size or the perplexity; at most 100%. With a metric, of that: an "
-        "amount, or a percentage of the float model's.", panel=WEIGHTS, metavar="LOSS",
+        "amount, or a percentage of the float model's.", expected="a text such as '1%' or '0.01'", panel=WEIGHTS, metavar="LOSS",
         whole_run=_BUDGET, displaces=("bits", "target_size"))]
     conv_bits: Annotated[int | None, OptionSpec(
         help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float.",

@@ -27,6 +27,8 @@ PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (0.9, 0.8, 0.7, 0.55)
 HEADROOM = (1.15, 1.35, 1.7, 2.2, 3.0)
 SENTINEL_RATIO = 1e5  # a gap this wide between magnitudes separates signal from values such as -1e9 that stand for "nothing"
+FINITE = (-float(np.finfo(np.float32).max), float(np.finfo(np.float32).max))
+"""Range of float32, to which infinities are clipped: a mask of minus infinity is as good as one of the least number."""
 TAIL = 5  # of the largest values, to say how far the next one may go
 _SHRINK_STEPS = 16
 

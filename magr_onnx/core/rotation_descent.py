@@ -96,7 +96,7 @@ def _ranges(v: Array, spec: WeightSpec) -> tuple[float, Array]:
     t = groups / largest
     square = t * t
     fourth = square * square
-    sums = (fourth * fourth).sum(axis=1, keepdims=True)
+    sums = np.maximum((fourth * fourth).sum(axis=1, keepdims=True), 1)  # which it is at least, but for a group of zeros
     squared = largest**2 * sums**0.25 / len(groups)
     slope = (2 * squared / (sums * largest)) * (fourth * square * t)
     return float(squared.sum(dtype=np.float64)), slope.reshape(-1, v.shape[1])[: len(v)]

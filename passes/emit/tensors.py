@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.activation_ranges import FINITE
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.int32_bias import bias_codes
 from magr_onnx.core.types import ActivationGrid
@@ -119,7 +120,7 @@ def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
             of_node = replace(kind, bits=_bits(rounded[0]))
             for index, value in enumerate(node.inputs):
                 array = fixed_array(value)
-                if array is not None and array.dtype == np.float32 and array.size:
+                if array is not None and array.dtype == np.float32 and array.size and not np.isnan(array).any():
                     round_constant(graph, node, index, array, of_node)
 
 
@@ -138,6 +139,7 @@ def is_rounded(value: ir.Value) -> bool:
 def round_constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any], kind: GridType) -> None:
     """Write the constant ``array`` that a node reads as codes on a grid of its own and a DequantizeLinear."""
     base = str(node.inputs[index].name)  # type: ignore[union-attr]
+    array = np.clip(array, *FINITE)  # masks of minus infinity
     if node.op_type in NORMALIZATIONS and index == 2:  # a bias, in units of the scales of input and factor
         scale = np.asarray(_scale(node, 0) * _scale(node, 1), np.float32)
         codes, zero = np.clip(bias_codes(array, scale), -(2**31), 2**31 - 1).astype(np.int32), None

@@ -180,7 +180,7 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
     if add is None or (add.domain, add.op_type) != ("", "Add") or add.graph is not node.graph:
         return None, None
     tensor = _bias(add.inputs[1 - index], n)
-    if tensor is None:
+    if tensor is None or not np.isfinite(tensor.numpy().astype(np.float64)).all():  # infinities mask outputs: no bias
         return None, None
     x = node.inputs[0]
     rank = None if x is None or x.shape is None else len(x.shape)

@@ -192,6 +192,7 @@ def _distribution(logits: Array) -> tuple[Array, Array]:
     np.exp(p, out=p)
     total = p.sum(axis=-1, keepdims=True)
     p /= total
+    expected[p == 0] = 0  # of masked outputs, minus infinity
     expected *= p
     return p, np.log(total) - expected.sum(axis=-1, keepdims=True)
 

@@ -9,7 +9,16 @@ from functools import reduce
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.activation_ranges import LEAST_LEVELS, MOST_LEVELS, Histogram, Method, candidates, grid_near_levels, grid_of_levels
+from magr_onnx.core.activation_ranges import (
+    FINITE,
+    LEAST_LEVELS,
+    MOST_LEVELS,
+    Histogram,
+    Method,
+    candidates,
+    grid_near_levels,
+    grid_of_levels,
+)
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.instrument.taps import Tap
@@ -74,7 +83,8 @@ def measure(
     values = [value for group in shared for value in group.values]
     names = [str(value.name) for value in values]
     others = _others(model, values, context) if by_channel else [None] * len(names)
-    taps = [Tap(name, 1, others=axes) for name, axes in zip(names, others, strict=True)]
+    limits = [None if _is_output(value) else FINITE for value in values]
+    taps = [Tap(name, 1, bounds=bounds, others=axes) for name, bounds, axes in zip(names, limits, others, strict=True)]
     readers = [[layer for layer in layers if str(layer.x.name) == name] for name in names]
     parts = histograms_of(model, taps, readers, context, hold_out_of(context.data), sample=SAMPLE, progress=progress)
     of_values = iter(zip(*parts, strict=True))
@@ -85,6 +95,12 @@ def measure(
         levels = _of_levels(str(first.name), of_group, context, kind) if first.is_graph_input() else None
         measured.append(Measured(group, tuple(of_group), levels))
     return measured
+
+
+def _is_output(value: ir.Value) -> bool:
+    """Whether a value, or its mark, is an output of the model: its infinities mean something to whoever reads them, and are refused."""
+    marks = (use.node.outputs[0] for use in value.uses() if use.node.op_type == "Identity")
+    return value.is_graph_output() or any(mark.is_graph_output() for mark in marks)
 
 
 def _others(model: ir.Model, values: Sequence[ir.Value], context: CalibrationContext) -> list[tuple[int, ...] | None]:

@@ -2,6 +2,9 @@
 
 For logits (`magr_onnx.runtime.measure.validate.is_logits`), the mean Kullback-Leibler divergence of their softmax from the float model's,
 in nats per row. For a model without logits, 1 minus the mean cosine of the vectors along the last axis, over all float outputs.
+
+Where the float model itself puts out NaN or infinities, as behind a mask, nothing is compared; where only the other model does, the loss is
+infinite.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ class Reference:
         limit = max(64, MAX_ELEMENTS // y.shape[-1])
         if len(rows) > limit:
             rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-        return output, rows, self._normalize(_rows(y, rows))
+        with np.errstate(invalid="ignore"):
+            return output, rows, self._normalize(_rows(y, rows))
 
     def loss(self, run: Run) -> float:
         """Compute the mean loss of the outputs of ``run`` on the batches, over all rows of all outputs compared."""
@@ -70,9 +74,10 @@ class Reference:
             outputs = run(batch)
             for output, rows, values in expected:
                 if (y := as_floats(outputs[output])) is not None:
-                    total += weight * float(self._distances(values, self._normalize(_rows(np.atleast_1d(y), rows))).sum())
+                    with np.errstate(invalid="ignore"):
+                        total += weight * float(self._distances(values, self._normalize(_rows(np.atleast_1d(y), rows))).sum())
                     count += weight * len(rows)
-        return total / max(count, 1)
+        return np.inf if np.isnan(total) else total / max(count, 1)
 
     def loss_of(self, model: Model, provider: str) -> float:
         """Compute the mean loss of a model, as `loss` does."""
@@ -81,9 +86,9 @@ class Reference:
 
     def _distances(self, expected: Array, actual: Array) -> Array:
         """Compute the loss of every row, ``(n,)``."""
-        if self.metric == KL:
-            return np.asarray((np.exp(expected) * (expected - actual)).sum(axis=1))
-        return np.asarray(np.square(expected - actual).sum(axis=1) / 2)  # for unit vectors equal to 1 - cosine, without the cancellation
+        difference = expected - actual  # half its square is 1 - cosine for unit vectors, without the cancellation
+        terms = np.exp(expected) * difference if self.metric == KL else np.square(difference) / 2
+        return np.asarray(np.where(np.isfinite(expected), terms, 0).sum(axis=1))
 
 
 def _rows(y: Array, rows: npt.NDArray[np.intp]) -> Array:
@@ -91,4 +96,6 @@ def _rows(y: Array, rows: npt.NDArray[np.intp]) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300))
+    """Scale rows to length 1, not counting what is not finite in them, which stays as it is."""
+    length = np.linalg.norm(np.where(np.isfinite(x), x, 0), axis=1, keepdims=True)
+    return np.asarray(x / np.maximum(length, 1e-300))

@@ -201,7 +201,7 @@ def test_the_call_in_a_report_makes_the_same_again(given: dict[str, Any], folder
         ({"batch_size": 0}, "batch_size = 0: expected 1 or more"),
         ({"recipe": {"batch_size": -1}}, "batch_size = -1: expected 1 or more"),
         ({"decode_steps": -1}, "decode_steps = -1: expected 0 or more"),
-        ({"recipe": {"target_size": "30%"}, "max_loss": 0.1}, "max_loss = 0.1: expected a text, found a number"),
+        ({"recipe": {"target_size": "30%"}, "max_loss": 0.1}, "max_loss = 0.1: expected a text such as '1%' or '0.01', found a number"),
         ({"preset": 3}, "preset = 3: expected a text"),
         ({"preset": ["web"]}, "expected a text, found a list"),
         ({"recipe": "nul\0x"}, "recipe 'nul\\x00x': cannot be read"),

@@ -65,8 +65,10 @@ def naive_objective(q: Array, weights: list[Turned], block: int | None) -> float
 def test_the_gradient_is_that_of_the_objective(block: int | None) -> None:
     rng, spec, k = np.random.default_rng(0), WeightSpec(3, block), 24
     weights = [Turned(rng.standard_normal((k, 10)), True), Turned(rng.standard_normal((40, k)), False)]
+    weights[0].weight[:, 4], weights[1].weight[8:32] = 0, 0  # an output that is not used; whole blocks
     q = dense(random_rotation(k, 0))
     value, slope = gradient(q, [*weights, Turned(np.zeros((k, 2)), True)], spec)
+    assert np.isfinite(slope).all()
     assert value == pytest.approx(naive_objective(q, weights, block))
     for i, j in ((0, 0), (3, 5), (23, 1)):
         shift = np.zeros_like(q)

@@ -195,6 +195,14 @@ def test_bias_of_higher_rank_is_not_a_bias() -> None:
     assert not only(b.model(out, [1, "batch", N])).has_bias
 
 
+def test_infinities_that_mask_outputs_are_no_bias() -> None:
+    b = Builder()
+    product = b.node("MatMul", [b.input("x", ["batch", K]), b.constant("w", random(K, N))], "layer")
+    mask = np.zeros(N, np.float32)
+    mask[3] = -np.inf
+    assert not only(b.model(b.node("Add", [product, b.constant("mask", mask)], "masked"), ["batch", N])).has_bias
+
+
 def test_patterns_find_a_layer_by_the_module_of_its_weight() -> None:
     b = graphs.Builder()
     x = b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("block.0.up.weight", graphs.random(24, 24))], "node_1")

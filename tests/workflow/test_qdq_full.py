@@ -170,7 +170,7 @@ def test_weights_of_4_bits(make: Any, inputs: Any, backend: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
-@pytest.mark.parametrize("masked", [-1e2, -1e4, -1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("masked", [-1e2, -1e4, -1e9, float(np.finfo(np.float32).min), -np.inf])
 def test_masks_take_no_resolution_from_the_scores(masked: float, kind: str, tmp_path: Path) -> None:
     proto, path = transformer(), tmp_path / "q.onnx"
     softmax = next(node for node in proto.graph.node if node.op_type == "Softmax")
