@@ -31,7 +31,15 @@ def run(model: Any, x: Array) -> Array:
 @pytest.mark.parametrize("name", ["logits", "y"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bits": 2}, {"bits": 3, "block_size": None}, {"effort": "best"}, {"format": "qdq-int8"}, {"target_size": "45%"}, {"max_loss": "1%"}],
+    [
+        {},
+        {"bits": 2},
+        {"bits": 3, "block_size": None},
+        {"effort": "best"},
+        {"format": "qdq-int8"},
+        {"target_size": "45%"},
+        {"max_loss": "1%"},
+    ],
     ids=str,
 )
 def test_they_stay_and_the_others_are_compared(name: str, options: dict[str, Any]) -> None:
