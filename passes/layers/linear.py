@@ -180,13 +180,19 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
     if add is None or (add.domain, add.op_type) != ("", "Add") or add.graph is not node.graph:
         return None, None
     tensor = _bias(add.inputs[1 - index], n)
-    if tensor is None or not np.isfinite(tensor.numpy().astype(np.float64)).all():  # infinities mask outputs: no bias
+    if tensor is None or _masks(tensor):
         return None, None
     x = node.inputs[0]
     rank = None if x is None or x.shape is None else len(x.shape)
     if len(tensor.shape) > 1 and (rank is None or len(tensor.shape) > rank):
         return None, None  # a bias of higher rank would raise the rank of the result
     return add, tensor
+
+
+def _masks(addend: ir.TensorProtocol) -> bool:
+    """Whether minus infinity leaves outputs out; NaN and infinity are faults of a bias, which are refused."""
+    array = addend.numpy().astype(np.float64)
+    return bool(np.isneginf(array).any() and (array < np.inf).all())
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[LinearLayer], list[Skip]]:
