@@ -29,7 +29,8 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN if number != signal.SIGINT else _stop)  # a second one would interrupt the removal
+    if number != signal.SIGINT:  # a second Ctrl-C ends a removal that takes too long
+        signal.signal(number, signal.SIG_IGN)
     raise _Stopped(number)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.rewrites.base import Trial
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import made_up
-from magr_onnx.runtime.measure.layer_errors import some_for, without_equal_nonfinite
+from magr_onnx.runtime.measure.layer_errors import finite_power, some_for, squared_distance
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session, as_floats
 from magr_onnx.workflow.context import RunContext
@@ -40,8 +41,8 @@ class OnData(Trial):
                 for a, y in zip(expected, session.run(batch), strict=True):
                     b = as_floats(y)
                     if a is not None and b is not None:
-                        worst = max(worst, _relative(*without_equal_nonfinite(a, b)))
-        return worst
+                        worst = max(worst, squared_distance(a, b) / max(finite_power(a), 1e-60))
+        return math.sqrt(worst)
 
     def loss(self, candidate: ir.Model) -> float:
         return self.reference.loss_of(candidate, self.provider)
@@ -62,13 +63,6 @@ class OnMadeUp(Trial):
 
     def loss(self, candidate: ir.Model) -> float:
         return self._noise(candidate)
-
-
-def _relative(a: Array, b: Array) -> float:
-    """Return the norm of the difference relative to that of ``a``; infinity where one has NaN or infinities that the other has not."""
-    with np.errstate(invalid="ignore"):
-        difference = float(np.linalg.norm((b - a).ravel())) / max(float(np.linalg.norm(a.ravel())), 1e-30)
-    return difference if np.isfinite(difference) else np.inf  # NaN would pass for less than anything
 
 
 def trial_of(model: ir.Model, data: Batches | None, context: RunContext) -> Trial:

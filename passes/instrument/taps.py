@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.activation_ranges import FINITE
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.passes.graph.kv_cache import TOKENS, pairs_of
 from magr_onnx.passes.graph.names import Names, add_initializer
@@ -176,8 +177,7 @@ def grid_arrays(grids: Sequence[Activation]) -> dict[str, npt.NDArray[Any]]:
     """Return what tells grids of one type apart, each as an array of one element a grid."""
     static = [grid for grid in grids if isinstance(grid, ActivationGrid)]
     if not static:
-        largest = np.finfo(np.float32).max
-        ranges = np.clip([(grid.low, grid.high) for grid in grids if isinstance(grid, DynamicRange)], -largest, largest)
+        ranges = np.clip([(grid.low, grid.high) for grid in grids if isinstance(grid, DynamicRange)], *FINITE)
         return dict(zip(("least", "most"), ranges.astype(np.float32).T, strict=True))
     scales = np.array([grid.scale for grid in static], np.float32)
     if static[0].bits == 8:

@@ -181,3 +181,16 @@ def without_equal_nonfinite(a: Array, b: Array) -> tuple[Array, Array]:
     """Zero both arrays where they have the same NaN or infinity, as behind an attention mask: that is no difference."""
     same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
     return (np.where(same, 0, a), np.where(same, 0, b)) if same.any() else (a, b)
+
+
+def squared_distance(a: Array, b: Array) -> float:
+    """Sum the squares of a difference, with none where both have the same NaN or infinity; infinity where only one of them has it."""
+    a, b = without_equal_nonfinite(a, b)
+    with np.errstate(invalid="ignore"):
+        total = float(np.square(a - b, dtype=np.float64).sum())
+    return total if math.isfinite(total) else math.inf  # NaN would pass for less than anything
+
+
+def finite_power(y: Array) -> float:
+    """Sum the squares of what is finite."""
+    return float(np.square(y[np.isfinite(y)], dtype=np.float64).sum())

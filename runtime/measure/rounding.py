@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.types import ActivationGrid, Array
+from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.instrument import grid_inputs
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
-from magr_onnx.runtime.measure.layer_errors import without_equal_nonfinite
+from magr_onnx.runtime.measure.layer_errors import finite_power, squared_distance
 from magr_onnx.runtime.ort.session import Session, as_floats
 
 RUNS, LEAST_BATCHES, MOST_BATCHES = 2048, 4, 64
@@ -51,18 +51,11 @@ def output_errors(
         for _, batch in with_progress(data, progress):
             exact = {i: y.astype(np.float64) for i, y in enumerate(map(as_floats, session.run(batch))) if y is not None}
             for i, y in exact.items():
-                powers[i] = powers.get(i, 1e-30) + float(np.square(y[np.isfinite(y)]).sum())
+                powers[i] = powers.get(i, 1e-30) + finite_power(y)
             for of_trial, of_grids in zip(errors, feeds, strict=True):
                 outputs = session.run({**batch, **of_grids})
                 for i, y in exact.items():
                     actual = as_floats(outputs[i])
                     if actual is not None and actual.shape == y.shape:  # shapes may depend on values
-                        of_trial[i] = of_trial.get(i, 0.0) + _squared_distance(*without_equal_nonfinite(y, actual))
+                        of_trial[i] = of_trial.get(i, 0.0) + squared_distance(y, actual)
     return [sum(of_trial[i] / powers[i] for i in of_trial) for of_trial in errors]
-
-
-def _squared_distance(a: Array, b: Array) -> float:
-    """Return the sum of squares of a difference; infinity where only one of the two is finite."""
-    with np.errstate(invalid="ignore"):
-        total = float(np.square(a - b).sum())
-    return total if np.isfinite(total) else np.inf
