@@ -73,8 +73,15 @@ class Past:
 
     def empty(self, samples: int) -> Array:
         """Return the past before the first token: of length 0, or zeros where the size is fixed."""
-        known = {self.batch: samples, self.length: 0}
-        return np.zeros([known.get(i, 1 if d is None else d) for i, d in enumerate(self.shape)], self.info.dtype)
+        return np.zeros(self._extent(samples, 0), self.info.dtype)
+
+    def bytes(self, tokens: int) -> int:
+        """Return the size of one sample's past of so many tokens; a buffer of fixed size has as much for any number."""
+        return self.info.dtype.itemsize * math.prod(self._extent(1, tokens))
+
+    def _extent(self, samples: int, tokens: int) -> list[int]:
+        known = {self.batch: samples, self.length: tokens}
+        return [known.get(i, 1 if d is None else d) for i, d in enumerate(self.shape)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +337,10 @@ def _feeds(decoder: Decoder, data: Batches, batch_size: int, steps: int, provide
         with Session(runnable, provider) as session:
             feeds, decoded = _with_decode_steps(feeds, decoder, parts, steps, session)
         batches = len(feeds) - len(parts)
-        notes.append(f"decode: the last tokens of {decoded} samples again, one by one, with the model's own past ({batches} batches)")
+        if decoded:
+            notes.append(f"decode: the last tokens of {decoded} samples again, one by one, with the model's own past ({batches} batches)")
+        else:
+            notes.append(f"no decode steps were fed: the pasts of one sample take more than {MAX_PAST_BYTES / 1e9:.1f} GB")
     return replace(feeds, notes=tuple(notes), samples=samples)
 
 
@@ -392,11 +402,10 @@ def _with_decode_steps(prefill: Batches, decoder: Decoder, parts: Sequence[_Part
     """Append the feeds of decode steps, kept in a temporary folder as long as they are in use; return the number of their samples too."""
     cache, weights, samples = Cache(0, "decode steps", "set TMPDIR"), list[float](), 0
     names, prefilled = [i.name for i in decoder.inputs], len(prefill)
-    token_bytes = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
     budget = MAX_PAST_BYTES
     for index, (ids, group) in enumerate(parts):
         count = min(steps, ids.shape[1] - 1)
-        sample_bytes = max(1, token_bytes * ids.shape[1] * count)
+        sample_bytes = max(1, count * sum(past.bytes(ids.shape[1]) for past in decoder.pasts))
         rows = len(ids) if decoder.samples else min(len(ids), max(1, budget // (len(parts) - index) // sample_bytes))
         if not count or rows * sample_bytes > budget:
             continue

@@ -186,6 +186,19 @@ def test_decode_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of 5 samples" in data.notes[1]
 
 
+def test_buffers_of_fixed_size_take_no_more_for_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were counted once for every token, so that no decode step of a model with a sliding window fitted."""
+    model, steps = decoders.genai(window=True), 2
+    window = 4 * decoders.LAYERS * 2 * decoders.KV_HEADS * decoders.SIZE * decoders.WINDOW
+    monkeypatch.setattr(feeding, "MAX_PAST_BYTES", 5 * steps * window)
+    data = feeding.open_for(model, [{"input_ids": decoders.tokens(16)}], steps=steps, runnable=model)
+    assert "of 5 samples" in data.notes[1]
+    assert sum(array.nbytes for b in list(data)[4:] for name, array in b.items() if name.startswith("past")) == 5 * steps * window
+    monkeypatch.setattr(feeding, "MAX_PAST_BYTES", steps * window - 1)
+    data = feeding.open_for(model, [{"input_ids": decoders.tokens(16)}], steps=steps, runnable=model)
+    assert (len(data), data.notes[1]) == (4, "no decode steps were fed: the pasts of one sample take more than 0.0 GB")
+
+
 @pytest.mark.parametrize(
     ("source", "steps", "runs", "note"),
     [
