@@ -23,7 +23,7 @@ LARGE_ROWS = 512  # of such a matrix processed at a time
 LEAST_WIDTH = 1024  # inputs; a narrower matrix costs little
 SHARE = 4  # times as many inputs as rows: from there on rows cost less in all solvers
 NOISE = 3e-7  # of a second moment that was summed in single precision
-_NOTHING = 1e-9  # of a weight: what rounding leaves where rows are taken out
+NOTHING = 1e-9  # of a weight: what rounding leaves where rows are taken out
 
 
 def gram_type(k: int) -> type[np.float32] | type[np.float64]:
@@ -233,7 +233,7 @@ def _merged(pieces: Iterable[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
     for rows, w in pieces:
         before, most = (0.0, 0.0) if id(rows) not in sums else sums[id(rows)][1:]
         sums[id(rows)] = rows, before + w, max(most, float(np.abs(w).max(initial=0)))
-    merged = [(rows, w) for rows, w, most in sums.values() if np.abs(w).max(initial=0) > _NOTHING * most]
+    merged = [(rows, w) for rows, w, most in sums.values() if np.abs(w).max(initial=0) > NOTHING * most]
     return merged if all(w.min() >= 0 for _, w in merged) else [_positive(merged)]
 
 
@@ -242,5 +242,5 @@ def _positive(pieces: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     rows, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     basis, r = np.linalg.qr(rows.T.astype(np.float64))
     values, vectors = np.linalg.eigh((r * weights) @ r.T)
-    used = values > _NOTHING * max(values[-1], 0)
+    used = values > NOTHING * max(values[-1], 0)
     return (basis @ vectors[:, used]).T.astype(np.float32), values[used]

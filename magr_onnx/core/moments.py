@@ -19,6 +19,7 @@ from magr_onnx.core import backends, threads
 from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.error_feedback import target_moments
 from magr_onnx.core.gram import LARGE_ROWS, Gram, RowGram, gram_type
+from magr_onnx.core.product import RowProduct
 from magr_onnx.core.types import Activation, Array, LayerStats, TargetMoments
 
 
@@ -115,6 +116,7 @@ class MomentAccumulator:
         self.float_total: Array | None = np.zeros(shape) if float_mean else None
         self.cross: Array | None = zeros((width, width)) if paired else None
         self.float_gram: Array | None = zeros((width, width)) if paired else None
+        self._averaged = False  # whether these two are means
 
     def add(self, gram: Gram, total: Array, rows: float, float_total: Array | None = None, weight: float = 1.0) -> None:
         """Add the sums of a batch."""
@@ -156,12 +158,16 @@ class MomentAccumulator:
         return LayerStats(gram.astype(gram_type(len(mean)), copy=False), mean, rows, float_mean, activation, backend=self._backend)
 
     def target_moments(self, weights: Array) -> TargetMoments:
-        """Return the moments of the float model's output of a layer of ``weights (K, N)``."""
+        """Return the moments of the float model's output of a layer of ``weights (K, N)``; no rows may be added afterwards."""
         assert self.cross is not None
         assert self.float_gram is not None
         assert self.float_total is not None
         n = self._count
-        return target_moments(weights, self.cross / n, self.float_gram / n, self.float_total / n, whole_rows(self.rows))
+        if not self._averaged:  # once for all layers, in place: matrices may be the largest arrays in memory
+            self.cross /= n
+            self.float_gram /= n
+            self._averaged = True
+        return target_moments(weights, self.cross, self.float_gram, self.float_total / n, whole_rows(self.rows))
 
     @property
     def _count(self) -> float:
@@ -179,25 +185,39 @@ class OutputAccumulator:
     The target is ``Y = X W + R - R_q`` for residuals ``R`` of the float model and ``R_q`` of the model being quantized.
     """
 
-    def __init__(self, weights: Array) -> None:
-        """Start with no rows, for a layer of ``weights (K, N)``."""
+    def __init__(self, weights: Array, *, few: bool = False) -> None:
+        """Start with no rows, for a layer of ``weights (K, N)``.
+
+        Args:
+            weights: The weights.
+            few: Whether few rows are expected (`magr_onnx.core.gram.few`); they are kept.
+        """
         self._weights = weights
-        self._cross, self._total, self._power = np.zeros(weights.shape), *np.zeros((2, weights.shape[1]))
+        self._cross: Array | RowProduct = RowProduct.zeros(*weights.shape) if few else np.zeros(weights.shape)
+        self._total, self._power = np.zeros((2, weights.shape[1]))
         self._rows = 0.0
 
     def add_rows(self, quantized: Array, real: Array, residual_error: Array | float, weight: float = 1.0) -> None:
         """Add rows ``(n, K)`` float32 of both models, and of ``R - R_q (n, N)``; 0 where no residual is added."""
         y = real @ self._weights
         y += residual_error
-        self._cross += weighted(quantized.T @ y, weight)
+        if isinstance(self._cross, RowProduct):
+            self._cross = self._cross + RowProduct(((np.array(quantized, np.float32), y, weight),))
+        else:
+            self._cross += weighted(quantized.T @ y, weight)
         self._total += weighted(y.sum(axis=0, dtype=np.float64), weight)
         self._power += weighted(np.einsum("nk,nk->k", y, y, dtype=np.float64), weight)
         self._rows += len(real) * weight
 
     def target_moments(self) -> TargetMoments:
-        """Return the means over rows."""
-        n = self._rows or 1.0
-        return TargetMoments(self._cross / n, self._total / n, self._power / n, whole_rows(self._rows))
+        """Return the means over rows. Consumes the sums: the matrix may be the largest array in memory."""
+        n, cross = self._rows or 1.0, self._cross
+        self._cross = np.zeros((0, 0))
+        if isinstance(cross, RowProduct):
+            return TargetMoments(1 / n * cross, self._total / n, self._power / n, whole_rows(self._rows))
+        cross /= n
+        kept = cross.astype(gram_type(len(cross)), copy=False)
+        return TargetMoments(kept, self._total / n, self._power / n, whole_rows(self._rows))
 
 
 class GroupSums:

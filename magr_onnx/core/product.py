@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.gram import Array
+from magr_onnx.core.gram import NOTHING, Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,3 +33,41 @@ class Product:
     def __add__(self, other: Product) -> Product:
         """Add a product with the same ``right``."""
         return Product(self.left + other.left, self.right)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowProduct:
+    """A product ``X^T diag(w) Y (K, N)`` of few rows, of which columns are computed as they are needed.
+
+    Attributes:
+        pieces: Rows ``X (n, K)`` and ``Y (n, N)`` float32, and the weight of all of them; sums share the arrays.
+    """
+
+    pieces: tuple[tuple[Array, Array, float], ...]
+
+    @staticmethod
+    def zeros(k: int, n: int) -> RowProduct:
+        """Return the product of no rows."""
+        return RowProduct(((np.zeros((0, k), np.float32), np.zeros((0, n), np.float32), 0.0),))
+
+    def __getitem__(self, index: tuple[slice, slice | npt.NDArray[np.intp]]) -> Array:
+        rows, columns = index
+        (x, y, w), *others = self.pieces
+        result: Array = (x[:, rows].T @ y[:, columns]).astype(np.float64)
+        result *= w
+        for x, y, w in others:
+            result += w * (x[:, rows].T @ y[:, columns])
+        return result
+
+    def __rmul__(self, scale: float) -> RowProduct:
+        return RowProduct(tuple((x, y, scale * w) for x, y, w in self.pieces))
+
+    def __add__(self, other: RowProduct) -> RowProduct:
+        """Add the weights of the same rows; those of which nothing is left go."""
+        sums: dict[int, tuple[Array, Array, float, float]] = {}
+        for x, y, w in (*self.pieces, *other.pieces):
+            *_, before, most = sums.get(id(x), (0.0, 0.0))
+            sums[id(x)] = x, y, before + w, max(most, abs(w))
+        left = [(x, y, w) for x, y, w, most in sums.values() if abs(w) > NOTHING * most]
+        x, y, _ = self.pieces[0]
+        return RowProduct(tuple(left)) if left else RowProduct.zeros(x.shape[1], y.shape[1])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from magr_onnx.core import backends
 from magr_onnx.core.backends import HOST, Backend
 from magr_onnx.core.gram import LARGE, LARGE_ROWS, LEAST_WIDTH, NOISE, Gram, RowGram
-from magr_onnx.core.product import Product
+from magr_onnx.core.product import Product, RowProduct
 from magr_onnx.errors import OptionError
 
 Array = npt.NDArray[np.floating[Any]]
@@ -412,14 +412,14 @@ class TargetMoments:
     """Moments of a layer's target output ``Y (n, N)`` (without bias) and its input ``X_q (n, K)`` after quantized layers.
 
     Attributes:
-        cross: ``X_q^T Y / n`` ``(K, N)`` float64; of wide layers by columns.
+        cross: ``X_q^T Y / n`` ``(K, N)``; of wide layers and of few rows by columns.
         mean: ``mean(Y)`` ``(N,)``.
         power: ``mean(Y^2)`` ``(N,)``.
         rows: Rows ``n``.
         folds: The same over the rows of `LayerStats.folds`.
     """
 
-    cross: Array | Product
+    cross: Array | Product | RowProduct
     mean: Array
     power: Array
     rows: int

@@ -52,7 +52,8 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation], grow
                 error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
                 off = f"output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data})"
                 doubtful = comparison.made_up and math.isfinite(m.sqnr_db)
-                lines.append(f"IN DOUBT: {off}, {_DOUBT}" if doubtful else f"RUINED: {off}; see the largest errors above")
+                what = "see the largest errors above" if ruined else remedy
+                lines.append(f"IN DOUBT: {off}, {_DOUBT}" if doubtful else f"RUINED: {off}; {what}")
         if (times := comparison.latency) is not None and times.slower:
             milliseconds = f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
             lines.append(

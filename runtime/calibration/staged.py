@@ -247,7 +247,7 @@ def _measure(
     of_few = few(1, k) and few(values.most_rows(name), k)  # then no matrix of K x K
     by_output = of_few or 4 * sum(layer.n for layer in aimed) < 3 * k  # fewer FLOPs than two matrices of K x K
     weights = {layer.name: layer.read() for layer in aimed if layer.name in residuals or by_output}
-    outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
+    outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight, few=of_few)) for layer_name, weight in weights.items()}
     paired = len(outputs) < len(aimed)
     inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few, backend=context.backend))
     follows = masked = values.follows_mask(name)

@@ -12,7 +12,8 @@ from magr_onnx.core import error_feedback, low_rank, magr
 from magr_onnx.core.gram import LEAST_WIDTH, SHARE, RowGram, dense, few
 from magr_onnx.core.grid import choose
 from magr_onnx.core.linalg import column_errors, damped, lambda_max, left_product, solver
-from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, pooled, split_stats
+from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, pooled, split_stats, with_folds
+from magr_onnx.core.product import RowProduct
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
 from magr_onnx.core.quantizers import QUANTIZERS, comq, cross_validation, gptq, two_sided
 from magr_onnx.core.quantizers.grid_refinement import regrid
@@ -243,8 +244,9 @@ def test_codes_fit_an_accumulator(rows: int) -> None:
     assert (high <= budget.high).all()
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
-def test_error_feedback_is_that_under_the_matrix(centred: bool) -> None:
+def test_error_feedback_is_that_under_the_matrix(centred: bool, kept: bool) -> None:
     weights = weights_of(WIDE)
     x = activations(FEW, WIDE, tail=0.5).astype(np.float32)
     quantized = x + 0.1 * activations(FEW, WIDE, 5, tail=0.5).astype(np.float32)
@@ -253,7 +255,7 @@ def test_error_feedback_is_that_under_the_matrix(centred: bool) -> None:
         sums, targets = [MomentAccumulator(WIDE, float_mean=True, paired=not by_rows, few=by_rows) for _ in range(2)], []
         for part, rows in enumerate((slice(0, 15), slice(15, FEW))):
             sums[part].add_rows(quantized[rows], x[rows])
-            outputs = OutputAccumulator(weights)
+            outputs = OutputAccumulator(weights, few=kept)
             outputs.add_rows(quantized[rows], x[rows], 0.0)
             targets.append(outputs.target_moments() if by_rows else sums[part].target_moments(weights))
         stats = split_stats(sums, 1, None)
@@ -265,6 +267,38 @@ def test_error_feedback_is_that_under_the_matrix(centred: bool) -> None:
     assert found.damping == expected.damping
     np.testing.assert_allclose(found.weights, expected.weights, atol=2e-4 * np.abs(weights).max())
     assert found.after == pytest.approx(expected.after, rel=1e-3)
+
+
+def test_products_of_few_rows_add_up_without_matrices() -> None:
+    """They are those of the matrices, and what is taken away leaves what there would have been without it."""
+    x, y = activations(30, WIDE).astype(np.float32), activations(30, 12, 3).astype(np.float32)
+    exact = x.astype(np.float64).T @ y
+    first, second = RowProduct(((x[:20], y[:20], 1.0),)), RowProduct(((x[20:], y[20:], 0.5),))
+    both = RowProduct.zeros(WIDE, 12) + 2.0 * (first + 2 * second)
+    columns = np.array([1, 5, 7])
+    np.testing.assert_allclose(both[:, :], 2 * exact, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(both[:100, columns], 2 * exact[:100, columns], rtol=1e-4, atol=1e-4)
+    left = both + -4.0 * second
+    assert [len(rows) for rows, _, _ in left.pieces] == [20]
+    np.testing.assert_array_equal(left[:, :], (2.0 * first)[:, :])
+    assert (both + -1.0 * both)[:, :].shape == (WIDE, 12)
+    assert not (both + -1.0 * both)[:, :].any()
+
+
+def test_memory_of_targets_grows_with_rows() -> None:
+    k, n = 8192, 1024
+    weights, x = weights_of(k, n), activations(40, k, tail=0.5).astype(np.float32)
+    tracemalloc.start()
+    try:
+        parts = [OutputAccumulator(weights, few=True) for _ in range(2)]
+        for part, rows in zip(parts, (x[:10], x[10:]), strict=True):
+            part.add_rows(rows, rows, 0.0)
+        moments = with_folds([part.target_moments() for part in parts], 1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(moments.cross[:, :8], x.T @ (x @ weights[:, :8]) / 40, rtol=1e-3, atol=1e-3)
+    assert peak < 8 * 40 * (k + n) * 4  # the matrix alone would be six times as much
 
 
 def test_memory_grows_with_rows() -> None:

@@ -188,6 +188,16 @@ def test_layers_are_no_alarm_where_the_outputs_are_sound(reports: dict[str, Repo
     assert any(line.startswith("RUINED: layers") for line in verdicts(broken, [compared]))
 
 
+def test_an_output_that_no_layer_explains_is_ruined_with_a_remedy(reports: dict[str, Report]) -> None:
+    report = reports["fast"]
+    assert report.validation is not None
+    compared = replace(report.validation, arithmetics={"default": (OutputMetrics("y", 5.0, 1, 0),)}, latency=None)
+    sound = [replace(row, error=0.01) for row in report.layers]
+    assert [line for line in verdicts(sound, [compared]) if "RUINED: output y" in line and "--exclude" in line]
+    integers = [replace(row, activation={"error": 0.01}) for row in sound]
+    assert [line for line in verdicts(integers, [compared]) if "RUINED: output y" in line and "--wide-activations" in line]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_worst_error_is_one_that_is_no_number(reports: dict[str, Report], value: float) -> None:
     first, *rest = reports["fast"].layers
