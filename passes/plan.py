@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -247,6 +247,11 @@ class Plan:
         """Whether means over space must be a GlobalAveragePool for the runtime to compute them in integers."""
         table = (self.rules or ort_cpu.RULES).computed
         return self.input_grids == "static" and "ReduceMean" not in table and "GlobalAveragePool" in table
+
+    @property
+    def compounds(self) -> Collection[str]:
+        """Return the operators that several others are written as (`magr_onnx.passes.canonical.compounds`)."""
+        return (self.rules or ort_cpu.RULES).computed if self.input_grids == "static" else ()
 
     @property
     def equalizes(self) -> bool:

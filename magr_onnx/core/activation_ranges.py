@@ -62,12 +62,13 @@ class Histogram:
         channels |= {name: sums.plus(other.channels[name]) for name, sums in self.channels.items() if name in other.channels}
         return Histogram(self.negative + other.negative, self.positive + other.positive, self.edges, low, high, channels=channels)
 
-    def without_sentinels(self, ratio: float = SENTINEL_RATIO) -> Histogram:
+    def without_sentinels(self, ratio: float = SENTINEL_RATIO, *, zeros: bool = False) -> Histogram:
         """Return the histogram up to the first gap of a ratio above 1 between occupied magnitudes.
 
-        Attention masks hold -1e9 or -1e30; a range that spans them has no resolution left for the signal.
+        Attention masks hold -1e9 or -1e30; a range that spans them has no resolution left for the signal. ``zeros``, which are in the first
+        bin, are signal in a mask, but not beside 1e6.
         """
-        occupied = np.flatnonzero((self.negative + self.positive)[1:]) + 1  # the first bin holds zeros, which are no signal beside 1e6
+        occupied = np.flatnonzero((self.negative + self.positive)[not zeros :]) + (not zeros)
         gaps = np.flatnonzero(self.edges[occupied[1:]] >= ratio * np.maximum(self.edges[occupied[:-1] + 1], 1))
         if not len(gaps):
             return self

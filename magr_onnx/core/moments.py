@@ -216,7 +216,7 @@ class OutputAccumulator:
         if isinstance(cross, RowProduct):
             return TargetMoments(1 / n * cross, self._total / n, self._power / n, whole_rows(self._rows))
         cross /= n
-        kept = cross.astype(gram_type(len(cross)), copy=False)
+        kept: Array = cross.astype(gram_type(len(cross)), copy=False)
         return TargetMoments(kept, self._total / n, self._power / n, whole_rows(self._rows))
 
 

@@ -115,11 +115,11 @@ def _choice(
     marks, kind = tensor_emitter.mark(model.graph, region), grid_type(plan)
     calibration, key = CalibrationContext(data, provider=context.provider), (data.labels, frozenset(floats))
 
-    def measure() -> list[tuple[tuple[Histogram, ...], ActivationGrid | None]]:
+    def measure() -> list[tuple[tuple[Histogram, ...], ActivationGrid | None, float]]:
         steps = context.stage("ranges")
         by_channel = activations.ranges == "daq"
         measured = tensor_ranges.measure(model, region.grids, layers, calibration, kind=kind, by_channel=by_channel, progress=steps)
-        return [(each.parts, each.levels) for each in measured]
+        return [(each.parts, each.levels, each.reach) for each in measured]
 
     known = zip(region.grids, context.once(("ranges", key), measure), strict=True)
     each_of = {group: tensor_ranges.Measured(group, *of_group) for group, of_group in known}

@@ -60,25 +60,36 @@ class RewriteContext:
         self.opset = model.opset_imports.get("", 0)
         self.created: dict[Hashable, list[ir.Value]] = {}
         self._model = model
-        self._inferred: dict[str, Dims] | None = None
+        self._inferred: dict[str, ir.Value] | None = None
         self.names = Names.rescan(model.graph)
 
     def shape(self, value: ir.Value) -> Dims | None:
         """Return the shape of a value, inferred where the file has none; None where unknown."""
         if value.shape is not None:
             return list(value.shape)
+        inferred = self._infer(value)
+        return None if inferred is None or inferred.shape is None else list(inferred.shape)
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """Return the type of a value's elements, inferred where the file has none; None where unknown."""
+        inferred = self._infer(value) if value.dtype is None else value
+        return None if inferred is None else inferred.dtype
+
+    def _infer(self, value: ir.Value) -> ir.Value | None:
         if self._inferred is None:
             self._inferred = _inferred(self._model)
         return self._inferred.get(str(value.name))
 
 
-def _inferred(model: ir.Model) -> dict[str, Dims]:
-    """Return the shapes of ONNX's shape inference, by value name."""
-    shapes: dict[str, Dims | None] = {}
-    for value in inferred_values(model):
-        name, shape = str(value.name), None if value.shape is None else list(value.shape)
-        shapes[name] = shape if shapes.get(name, shape) == shape else None  # subgraphs may reuse a name
-    return {name: shape for name, shape in shapes.items() if shape is not None}
+def _inferred(model: ir.Model) -> dict[str, ir.Value]:
+    """Return the values with the shapes and types of ONNX's inference, by name, but for names of which there are different ones."""
+    values: dict[str, ir.Value] = {}
+    ambiguous = set()
+    for value in inferred_values(model):  # subgraphs may reuse a name
+        other = values.setdefault(str(value.name), value)
+        if (other.shape, other.dtype) != (value.shape, value.dtype):
+            ambiguous.add(str(value.name))
+    return {name: value for name, value in values.items() if name not in ambiguous}
 
 
 def known(dim: int | ir.SymbolicDim) -> int | None:

@@ -21,13 +21,13 @@ from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.graph.constants import constant_array, fixed_array, replace_input
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import insert_behind, only_use, operand
-from magr_onnx.passes.tensors.region import Region, SharedGrid, clip_bounds
+from magr_onnx.passes.tensors.region import SOFTMAX, Region, SharedGrid, clip_bounds
 from magr_onnx.passes.tensors.rules import Rules
 from magr_onnx.passes.tensors.widths import Conversion
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose constants are weights, which other emitters write."""
-NORMALIZATIONS = ("InstanceNormalization", "LayerNormalization")
+NORMALIZATIONS = ("InstanceNormalization", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
 def mark(graph: ir.Graph, region: Region) -> dict[str, SharedGrid]:
@@ -121,7 +121,19 @@ def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
             for index, value in enumerate(node.inputs):
                 array = fixed_array(value)
                 if array is not None and array.dtype == np.float32 and array.size and not np.isnan(array).any():
-                    round_constant(graph, node, index, array, of_node)
+                    round_constant(graph, node, index, np.maximum(array, -_span_of_scores(node)), of_node)
+
+
+def _span_of_scores(node: ir.Node) -> float:
+    """Return the range of the grid of the scores that a node adds to: what is lowered by so much is masked. Infinite for other nodes."""
+    quantize, _ = only_use(node.outputs[0])
+    real = None if quantize is None or quantize.op_type != "QuantizeLinear" else only_use(quantize.outputs[0])[0]
+    if node.op_type != "Add" or quantize is None or real is None:
+        return math.inf
+    scale, zero = constant_array(operand(quantize, 1)), constant_array(operand(quantize, 2))
+    if scale is None or zero is None or not any(use.node.op_type in SOFTMAX for use in real.outputs[0].uses()):
+        return math.inf
+    return float(scale.item()) * float(2 ** (8 * zero.dtype.itemsize) - 1)
 
 
 def _bits(dequantize: ir.Node | None) -> int:

@@ -26,17 +26,6 @@ _ALONG = ("Identity", "Cast", "Dropout", "Neg", "Squeeze", "Expand")
 """Operators that never change the last axis, if that is longer than 1."""
 
 
-def is_square(node: ir.Node) -> bool:
-    """Whether a node squares its first input."""
-    if operator_of(node) == "Mul":
-        return node.inputs[0] is node.inputs[1]
-    if operator_of(node) != "Pow":
-        return False
-    exponent = constant_view(operand(node, 1))
-    fixed = exponent is not None and not exponent.overridable and exponent.shape in ((), (1,))
-    return exponent is not None and fixed and float(exponent.tensor().numpy().item()) == 2
-
-
 class Facts:
     """What is known of a model's values, and its linear layers."""
 

@@ -23,13 +23,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
+from magr_onnx.passes.canonical.norms import is_square
 from magr_onnx.passes.graph.constants import ConstantView, constant_view, replace_input
 from magr_onnx.passes.graph.names import add_initializer
 from magr_onnx.passes.graph.nodes import layer_name, operand, operator_of
 from magr_onnx.passes.graph.subgraphs import graph_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weighted import FLOATS, float_readers
-from magr_onnx.passes.rewrites.axis_facts import CENTRED, NORMS, SKIP, SUMS, Facts, is_square
+from magr_onnx.passes.rewrites.axis_facts import CENTRED, NORMS, SKIP, SUMS, Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

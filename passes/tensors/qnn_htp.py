@@ -12,7 +12,8 @@ RULES = Rules(
         **operators(
             "Abs Add AveragePool BatchNormalization Clip Concat Conv ConvTranspose Div Elu Exp Gelu Gemm GlobalAveragePool GlobalMaxPool "
             "HardSigmoid HardSwish InstanceNormalization LayerNormalization LeakyRelu Log LogSoftmax LpNormalization MatMul Max Min Mul "
-            "Neg PRelu Pow ReduceMax ReduceMean ReduceMin ReduceSum Relu Sigmoid Softmax Sqrt Sub Sum Tanh"
+            "Neg PRelu Pow RMSNormalization ReduceMax ReduceMean ReduceMin ReduceSum Relu Sigmoid SimplifiedLayerNormalization Softmax "
+            "Sqrt Sub Sum Tanh"
         ),
         "Resize": {"mode": ("linear", "cubic")},
     },

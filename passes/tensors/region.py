@@ -8,7 +8,7 @@ dequantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,6 +17,8 @@ from magr_onnx.passes.graph.constants import fixed_array
 from magr_onnx.passes.graph.nodes import only_use, operand
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.rules import Rules
+
+SOFTMAX = ("Softmax", "LogSoftmax")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +31,7 @@ class SharedGrid:
         high: Greatest value, likewise; else inf.
         exact: The range ``[low, high)`` of the grid, where the runtime knows no other; else None.
         scores: Whether a Softmax reads them.
+        masks: The scores that they are added to, if nothing else reads them.
     """
 
     values: tuple[ir.Value, ...]
@@ -36,6 +39,7 @@ class SharedGrid:
     high: float = math.inf
     exact: tuple[float, float] | None = None
     scores: bool = False
+    masks: tuple[ir.Value, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +67,21 @@ class Region:
             makers = [made[value] for value in values if value in made]
             limits, exact = {(unit.low, unit.high) for unit in makers}, {unit.exact for unit in makers}
             low, high = limits.pop() if len(limits) == 1 else (-math.inf, math.inf)
-            scores = any(use.node.op_type in ("Softmax", "LogSoftmax") for value in values for use in value.uses())
-            grids.append(SharedGrid(tuple(values), low, high, exact.pop() if len(exact) == 1 else None, scores))
+            masks = () if _are_scores(values) else _masked_by(values, made)
+            grids.append(SharedGrid(tuple(values), low, high, exact.pop() if len(exact) == 1 else None, _are_scores(values), masks))
         return Region(tuple(grids), tuple(units))
+
+
+def _are_scores(values: Iterable[ir.Value]) -> bool:
+    return any(use.node.op_type in SOFTMAX for value in values for use in value.uses())
+
+
+def _masked_by(values: Sequence[ir.Value], made: Mapping[ir.Value, Unit]) -> tuple[ir.Value, ...]:
+    """Return the sums that values of one grid are summands of, if these are scores and nothing but moves reads the values elsewhere."""
+    moved = set(values)
+    readers = {use.node for value in values for use in value.uses() if moved.isdisjoint(use.node.outputs)}
+    sums = [node.outputs[0] for node in readers if node.op_type == "Add" and node.outputs[0] in made and _are_scores(node.outputs)]
+    return tuple(sums) if len(sums) == len(readers) else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

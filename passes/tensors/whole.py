@@ -16,6 +16,42 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.tensors.region import Region, Unit
 from magr_onnx.passes.tensors.rules import Rules
 
+_ARITHMETIC = frozenset(
+    [
+        "Abs",
+        "Add",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Concat",
+        "Div",
+        "Exp",
+        "Expand",
+        "Floor",
+        "Identity",
+        "Log",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Range",
+        "Reciprocal",
+        "Reshape",
+        "Round",
+        "Slice",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+
 
 def whole_graph(
     graph: ir.Graph,
@@ -52,4 +88,33 @@ def whole_graph(
         unit = Unit(node, reads, makes, True) if moves else Unit.computing(node, reads, makes, rules)
         covered |= {maker for value in unit.makes if (maker := value.producer()) is not None}  # an activation that a grid replaces
         units.append(unit)
-    return Region.of(units)
+    return Region.of(_without_positions(graph, units, last, dtypes))
+
+
+def _without_positions(
+    graph: ir.Graph, units: Sequence[Unit], layers: Collection[ir.Node], dtypes: Mapping[str, ir.DataType]
+) -> list[Unit]:
+    """Leave out the arithmetic of positions whose results nothing reads as integers: rounded, it would choose other rows of a table, or
+    other angles of a rotation."""
+    counted = _of_integers(graph, dtypes)
+    left = {unit.node: unit for unit in units}
+    for unit in reversed(units):
+        read = [use.node for value in unit.makes for use in value.uses()]
+        ends = any(value.is_graph_output() for value in unit.makes)
+        if unit.node not in layers and counted.issuperset(unit.makes) and read and not ends and left.keys().isdisjoint(read):
+            del left[unit.node]
+    return list(left.values())
+
+
+def _of_integers(graph: ir.Graph, dtypes: Mapping[str, ir.DataType]) -> set[ir.Value]:
+    """Return the values that are computed from integers and constants alone, by arithmetic and moves."""
+    found: set[ir.Value] = set()
+
+    def is_one(value: ir.Value) -> bool:
+        dtype = dtypes.get(str(value.name), value.dtype)
+        return value in found or constant_view(value) is not None or (dtype is not None and not dtype.is_floating_point())
+
+    for node in graph:
+        if node.domain == "" and node.op_type in _ARITHMETIC and all(is_one(value) for value in node.inputs if value is not None):
+            found.update(node.outputs)
+    return found

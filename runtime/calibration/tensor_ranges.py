@@ -31,7 +31,7 @@ from magr_onnx.runtime.data.sources import Steps
 
 INPUTS, SAME_END = 8, 0.02  # batches that tell whether an input is on a grid, and what parts of a range may lack of it
 MASK_RATIO, MASKED = 8.0, 20.0
-"""Gap between the scores that a Softmax reads and masks such as -10000, and how far below the scores masks may be: exp(-20) is nothing."""
+"""Gap between the scores that a Softmax reads and masks such as -10000, and how far below the scores masks end: exp(-20) is nothing."""
 WIDER = 2.0  # than the values seen is a grid of 16 bits: it has steps to spare for those that calibration has not seen
 SAMPLE = 1 << 16  # elements of a value in a batch that its histogram is made of
 
@@ -44,11 +44,13 @@ class Measured:
         group: The values.
         parts: Histograms of their values in the parts of the data; those that do not reach them are empty.
         levels: The grid of 8 bits that they are on already, or the nearest if they have few levels; else None.
+        reach: Of masks, the range of the scores that they are added to, masked ones aside; else 0.
     """
 
     group: SharedGrid
     parts: tuple[Histogram, ...]
     levels: ActivationGrid | None
+    reach: float = 0.0
 
     def without(self, part: int) -> Measured:
         """Return what is known without a part of the data; all of it if there is one part only."""
@@ -94,7 +96,14 @@ def measure(
         first = group.values[0]
         levels = _of_levels(str(first.name), of_group, context, kind) if first.is_graph_input() else None
         measured.append(Measured(group, tuple(of_group), levels))
-    return measured
+    of_value = {value: each for each in measured for value in each.group.values}
+    return [replace(each, reach=max((_width(of_value[scores]) for scores in each.group.masks), default=0.0)) for each in measured]
+
+
+def _width(scores: Measured) -> float:
+    """Return the range of scores without those that are masked."""
+    seen = [part.without_sentinels(MASK_RATIO) for part in scores.parts if part.low <= part.high]
+    return max((part.high for part in seen), default=0.0) - min((part.low for part in seen), default=0.0)
 
 
 def _is_output(value: ir.Value) -> bool:
@@ -138,7 +147,8 @@ def grid_of(measured: Measured, method: Method, clipping: float, kind: GridType,
     reached = [part for part in measured.parts if part.low <= part.high]
     if not stretch and method == "auto" and kind.bits > 8:
         stretch = WIDER
-    return kind.of_range(*_range(reached, measured.group, method, clipping, kind.steps, stretch), measured.group.high)
+    masked = MASKED + measured.reach if measured.group.scores or measured.group.masks else 0.0
+    return kind.of_range(*_range(reached, measured.group, method, clipping, kind.steps, stretch, masked), measured.group.high)
 
 
 def _of_levels(name: str, parts: Sequence[Histogram], context: CalibrationContext, kind: GridType) -> ActivationGrid | None:
@@ -165,16 +175,21 @@ def _of_levels(name: str, parts: Sequence[Histogram], context: CalibrationContex
 
 
 def _range(
-    parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float, steps: int, stretch: float
+    parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float, steps: int, stretch: float, masked: float
 ) -> tuple[float, float]:
-    """Choose a range by its errors on every part; of several parts, under ranges from the others."""
+    """Choose a range by its errors on every part; of several parts, under ranges from the others.
+
+    Where there are masks, it goes as far below what they leave as ``masked`` says, if it is not 0.
+    """
     if not parts:
         return 0.0, 1.0
-    if group.scores:
-        unmasked = [part.without_sentinels(MASK_RATIO) for part in parts]
+    if masked:
+        unmasked = [part.without_sentinels(MASK_RATIO, zeros=bool(group.masks)) for part in parts]
         if any(cut.cut for cut in unmasked) and all(part.high == cut.high for part, cut in zip(parts, unmasked, strict=True)):
-            low, high = _range(unmasked, replace(group, scores=False), method, clipping, steps, stretch)
-            return low - MASKED, high
+            if not any(part.low < part.high for part in unmasked):  # of 0 and masks alone
+                return -masked, 0.0
+            low, high = _range(unmasked, group, method, clipping, steps, stretch, 0.0)
+            return low - masked, high
     full = reduce(Histogram.plus, parts).without_sentinels()
     if stretch:
         return max(stretch * min(full.low, 0.0), group.low), min(stretch * max(full.high, 0.0), group.high)

@@ -13,8 +13,8 @@ from magr_onnx.core.gram import LEAST_WIDTH, SHARE, RowGram, dense, few
 from magr_onnx.core.grid import choose
 from magr_onnx.core.linalg import column_errors, damped, lambda_max, left_product, solver
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, pooled, split_stats, with_folds
-from magr_onnx.core.product import RowProduct
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
+from magr_onnx.core.product import RowProduct
 from magr_onnx.core.quantizers import QUANTIZERS, comq, cross_validation, gptq, two_sided
 from magr_onnx.core.quantizers.grid_refinement import regrid
 from magr_onnx.core.quantizers.interface import Options, Problem

@@ -14,10 +14,10 @@ import pytest
 import magr_onnx
 from tests.edge.targets import FOLDER, refuse
 from tests.workflow.test_integer_convolutions import images, network, sqnr
-from tests.workflow.test_qdq_full import run, sequences, transformer
+from tests.workflow.test_qdq_full import decoder, run, sequences, transformer
 
 PYTHON = FOLDER / "npu/bin/python"
-NETWORKS = {"convolutions": (network, images), "transformer": (transformer, sequences)}
+NETWORKS = {"convolutions": (network, images), "transformer": (transformer, sequences), "decoder in pieces": (decoder, sequences)}
 KINDS: dict[str, dict[str, Any]] = {
     "uint8": {"activation_type": "uint8"},
     "mixed": {"wide_activations": 0.3},

@@ -24,6 +24,7 @@ from magr_onnx.passes.tensors.region import Region, SharedGrid
 from magr_onnx.passes.tensors.rules import Rules
 from magr_onnx.passes.tensors.whole import whole_graph
 from magr_onnx.passes.tensors.widths import choose_wide, conversions, edges_of, may_be_wide, work
+from tests.graphs import FLOAT, Builder, random
 
 QNN = BACKENDS["qnn-htp"]
 RNG = np.random.default_rng(0)
@@ -288,3 +289,29 @@ def test_other_unknown_axes_are_named() -> None:
     found = model([node("Add", ["x", "z"], "y")], {"x": ["batch", "length"], "z": ["batch", 3]}, ["y"], {})
     with pytest.raises(ModelError, match=r"a runtime needs fixed shapes, and input x has axis 1 \(length\)"):
         fix_batch(found, "a runtime")
+
+
+def test_positions_stay_float() -> None:
+    """Rounded, they would choose other rows of a table, or other angles; a mask that integers tell is rounded, since scores are."""
+    b = Builder(18)
+    x = b.input("x", [1, 6, 8])
+    positions, mask = (b.input(name, shape, ir.DataType.INT64) for name, shape in (("positions", [1, 6]), ("mask", [1, 1, 6])))
+
+    def cast(value: ir.Value, kind: ir.DataType) -> ir.Value:
+        result = b.node("Cast", [value], to=kind.value)
+        result.dtype = kind
+        return result
+
+    real = cast(b.node("Unsqueeze", [positions, b.constant("last", np.array([-1]))]), FLOAT)
+    angle = b.node("MatMul", [real, b.constant("frequencies", random(1, 8))], "angle")
+    logarithm = b.node("Log", [b.node("Add", [real, b.constant("one", np.float32(1))], "shifted")], "logarithm")
+    index = cast(b.node("Squeeze", [logarithm, b.constant("axis", np.array([-1]))], "squeezed"), ir.DataType.INT64)
+    row = b.node("Gather", [b.constant("table", random(9, 8)), index], "row")
+    turned = b.node("Mul", [x, b.node("Cos", [angle])], "turned")
+    far = b.node("Mul", [cast(mask, FLOAT), b.constant("weight", np.float32(-1e4))], "far")
+    scores = b.node("Add", [b.node("MatMul", [turned, b.node("Transpose", [x], perm=[0, 2, 1])]), far], "scores")
+    model = b.model_of([b.node("Add", [b.node("MatMul", [b.node("Softmax", [scores]), x], "mixed"), row], "y")])
+    region = whole_graph(model.graph, [], QNN, inferred_types(model))
+    rounded = {unit.node.name for unit in region.units}
+    assert {"turned", "far", "scores", "mixed", "y"} <= rounded
+    assert not {"angle", "shifted", "logarithm", "squeezed"} & rounded

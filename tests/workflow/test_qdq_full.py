@@ -15,6 +15,8 @@ import magr_onnx
 from magr_onnx.errors import ModelError, OptionError
 from magr_onnx.passes.tensors.backends import BACKENDS
 from magr_onnx.passes.tensors.rules import Rules
+from tests.graphs import Builder, random
+from tests.passes.test_compounds import gelu, layer_norm, rms_norm
 from tests.passes.test_whole_graph import attention
 from tests.workflow.test_integer_convolutions import images, network, sqnr
 
@@ -28,6 +30,34 @@ def transformer() -> onnx.ModelProto:
     assert isinstance(model, onnx.ModelProto)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     return model
+
+
+def decoder(*, computed_mask: bool = False) -> onnx.ModelProto:
+    """Return a block of a decoder as exporters write it: norms and GELU in several operators, and scores with a causal mask of -inf.
+
+    A mask that is computed holds biases of the scores, too.
+    """
+    b = Builder(17)
+
+    def product(x: ir.Value, k: int, n: int, seed: int) -> ir.Value:
+        return b.node("MatMul", [x, b.constant(f"weight_{seed}", random(k, n, seed=seed, scale=k**-0.5))])
+
+    x = b.input("x", ["batch", 6, 8])
+    normed = rms_norm(b, x, 8)
+    q, k, v = (product(normed, 8, 8, seed) for seed in (1, 2, 3))
+    scores = b.node("Mul", [b.node("MatMul", [q, b.node("Transpose", [k], perm=[0, 2, 1])]), b.constant("root", np.float32(8**-0.5))])
+    causal = np.tri(6, dtype=bool)
+    mask = b.constant("mask", np.where(causal, 0, -np.inf).astype(np.float32))
+    if computed_mask:
+        bias = b.node("Mul", [b.node("ReduceMean", [x], axes=[-1]), b.constant("slope", np.float32(3))])
+        mask = b.node("Where", [b.constant("causal", causal), bias, b.constant("infinity", np.float32(-np.inf))])
+        mask.dtype = ir.DataType.FLOAT
+    weights = b.node("Softmax", [b.node("Add", [scores, mask])], axis=-1)
+    mixed = b.node("Add", [x, product(b.node("MatMul", [weights, v]), 8, 8, 4)])
+    hidden = gelu(b, product(layer_norm(b, mixed, 8), 8, 16, 5))
+    proto = ir.to_proto(b.model(b.node("Add", [mixed, product(hidden, 16, 8, 6)]), ["batch", 6, 8]))
+    assert isinstance(proto, onnx.ModelProto)
+    return proto
 
 
 def sequences(count: int, seed: int) -> Array:
@@ -182,6 +212,29 @@ def test_masks_take_no_resolution_from_the_scores(masked: float, kind: str, tmp_
     magr_onnx.optimize(proto, {"x": sequences(64, 1)}, output=path, batch_size=4, **options)
     x = sequences(64, 2)
     assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (18 if kind == "uint8" else 30)
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_a_decoder_in_pieces(kind: str, computed: bool, tmp_path: Path) -> None:
+    """Its norms and GELU become one operator each, and no grid spans a mask: devices cannot rescale numbers such as 1e38."""
+    proto, path = decoder(computed_mask=computed), tmp_path / "q.onnx"
+    options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": kind}
+    report = magr_onnx.optimize(proto, {"x": sequences(64, 1)}, output=path, batch_size=4, **options).report
+    model = onnx.load(path)
+    kinds = [node.op_type for node in model.graph.node]
+    assert [kinds.count(name) for name in ("RMSNormalization", "LayerNormalization", "Gelu")] == [1, 1, 1]
+    assert not {"Erf", "Sqrt", "Pow", "Div"} & set(kinds)
+    assert sum(note.startswith("several operators written as one") for note in report.notes) == 3
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    ranges = [
+        constants[node.input[1]].max() * (np.iinfo(constants[node.input[2]].dtype).max if len(node.input) > 2 else 1)
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    assert max(ranges) < 150
+    x = sequences(64, 2)
+    assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (25 if kind == "uint8" else 40)
 
 
 def test_options_that_do_not_fit_are_named() -> None:
