@@ -16,7 +16,7 @@ from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.canonical import as_gemm, as_pooling, compounds, requantize
-from magr_onnx.passes.graph.fixed_shapes import fix_batch
+from magr_onnx.passes.graph.fixed_shapes import fix_batch, fold_shapes
 from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -188,6 +188,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
         conv_sensitivity.raise_opset(model, plan)
     if plan.rules is not None and plan.rules.fixed_shapes:
         notes += fix_batch(model, plan.rules.name)
+        fold_shapes(model)
     notes += compounds.rewrite(model, plan.compounds)
     notes += selection.canonical(model, chosen, request.requantize)
     if plan.needs_gemm:

@@ -27,6 +27,8 @@ from magr_onnx.passes.tensors.widths import Conversion
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose constants are weights, which other emitters write."""
+SIZED = ("Resize", "Upsample")
+"""Operators whose constants are regions and scales, which are no values."""
 NORMALIZATIONS = ("InstanceNormalization", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
@@ -120,6 +122,8 @@ def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
             of_node = replace(kind, bits=_bits(rounded[0]))
             for index, value in enumerate(node.inputs):
                 array = fixed_array(value)
+                if node.op_type in SIZED and index:
+                    break
                 if array is not None and array.dtype == np.float32 and array.size and not np.isnan(array).any():
                     round_constant(graph, node, index, np.maximum(array, -_span_of_scores(node)), of_node)
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
 
 from magr_onnx.errors import ModelError, raise_all
+from magr_onnx.passes.graph.constants import fixed_array
+from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import operand
+
+MOST_VALUES = 1 << 16
+"""Of a constant that is filled with one value."""
 
 
 def fix_batch(model: ir.Model, runtime: str) -> list[str]:
@@ -43,3 +52,18 @@ def fix_batch(model: ir.Model, runtime: str) -> list[str]:
 def _with_one_sample(shape: ir.Shape, batch: Collection[str | None], is_input: bool) -> list[int | ir.SymbolicDim]:
     """Set the axes of samples to 1: those with a name among ``batch``, and the first of an input."""
     return [1 if isinstance(d, ir.SymbolicDim) and (d.value in batch or (is_input and i == 0)) else d for i, d in enumerate(shape)]
+
+
+def fold_shapes(model: ir.Model) -> None:
+    """Fold what known shapes make constant, in place: lengths, positions, masks of their order. Matrices of the model stay as they are."""
+    matrices = {value for value in model.graph.initializers.values() if value.shape is None or len(value.shape) > 1}
+
+    def should_fold(node: ir.Node) -> bool | None:
+        if not matrices.isdisjoint(value for value in node.inputs if value is not None):
+            return False
+        sizes = fixed_array(operand(node, 0)) if node.op_type == "ConstantOfShape" else None  # the folder leaves it alone
+        return True if sizes is not None and math.prod(map(int, sizes.reshape(-1))) <= MOST_VALUES else None
+
+    fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+    RemoveUnusedNodesPass()(model)
+    Names.rescan(model.graph)

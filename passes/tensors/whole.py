@@ -94,8 +94,8 @@ def whole_graph(
 def _without_positions(
     graph: ir.Graph, units: Sequence[Unit], layers: Collection[ir.Node], dtypes: Mapping[str, ir.DataType]
 ) -> list[Unit]:
-    """Leave out the arithmetic of positions whose results nothing reads as integers: rounded, it would choose other rows of a table, or
-    other angles of a rotation."""
+    """Leave out the arithmetic of positions and masks whose results nothing reads as integers: rounded, it would choose other rows of a
+    table or other angles of a rotation, or have grids that span numbers such as -1e38."""
     counted = _of_integers(graph, dtypes)
     left = {unit.node: unit for unit in units}
     for unit in reversed(units):
@@ -112,7 +112,8 @@ def _of_integers(graph: ir.Graph, dtypes: Mapping[str, ir.DataType]) -> set[ir.V
 
     def is_one(value: ir.Value) -> bool:
         dtype = dtypes.get(str(value.name), value.dtype)
-        return value in found or constant_view(value) is not None or (dtype is not None and not dtype.is_floating_point())
+        is_constant = value.const_value is not None or constant_view(value) is not None
+        return value in found or is_constant or (dtype is not None and not dtype.is_floating_point())
 
     for node in graph:
         if node.domain == "" and node.op_type in _ARITHMETIC and all(is_one(value) for value in node.inputs if value is not None):

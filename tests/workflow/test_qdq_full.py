@@ -237,6 +237,20 @@ def test_a_decoder_in_pieces(kind: str, computed: bool, tmp_path: Path) -> None:
     assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (25 if kind == "uint8" else 40)
 
 
+def test_sizes_of_a_resize_are_no_values(tmp_path: Path) -> None:
+    b = Builder(18)
+    x = b.node("Conv", [b.input("x", ["batch", 3, 8, 8]), b.constant("weight", random(4, 3, 1, 1))])
+    scales = b.constant("scales", np.float32([1, 1, 2.5, 2.5]))
+    proto, path = ir.to_proto(b.model(b.node("Resize", [x, None, scales], mode="linear"), ["batch", 4, 20, 20])), tmp_path / "q.onnx"
+    assert isinstance(proto, onnx.ModelProto)
+    magr_onnx.optimize(proto, {"x": images(16, 1)[:, :, :8, :8]}, output=path, format="qdq-full", backend="qnn-htp")
+    model = onnx.load(path)
+    (resize,) = [node for node in model.graph.node if node.op_type == "Resize"]
+    assert {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}[resize.input[2]].tolist() == [1, 1, 2.5, 2.5]
+    x = images(8, 2)[:, :, :8, :8]
+    assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > 30
+
+
 def test_options_that_do_not_fit_are_named() -> None:
     with pytest.raises(OptionError, match=r"backend 'qnn' is not known; .*qnn-htp"):
         magr_onnx.build_pipeline(format="qdq-full", backend="qnn")
