@@ -104,7 +104,7 @@ def test_stages_keep_rows_and_targets_of_both_models() -> None:
     real, seen = values
     close(found, seen)
     y = real @ model.graph.initializers["w1"].const_value.numpy()  # type: ignore[union-attr]
-    np.testing.assert_allclose(target.cross, seen.T @ y / len(y), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(target.cross[:, :], seen.T @ y / len(y), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(target.mean, y.mean(axis=0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(target.power, np.square(y).mean(axis=0), rtol=1e-3)
     assert len(target.folds) == len(found.folds) > 0
