@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.floating[Any]]
+Rows = TypeVar("Rows")
 
 LARGE = 6144
 """Inputs of a layer from which its ``(K, K)`` matrices are stored in float32 and processed in place, a few at a time."""
@@ -23,7 +24,7 @@ LARGE_ROWS = 512  # of such a matrix processed at a time
 LEAST_WIDTH = 1024  # inputs; a narrower matrix costs little
 SHARE = 4  # times as many inputs as rows: from there on rows cost less in all solvers
 NOISE = 3e-7  # of a second moment that was summed in single precision
-NOTHING = 1e-9  # of a weight: what rounding leaves where rows are taken out
+_NOTHING = 1e-9  # of a weight: what rounding leaves where rows are taken out
 
 
 def gram_type(k: int) -> type[np.float32] | type[np.float64]:
@@ -227,13 +228,18 @@ class Block:
         return result
 
 
-def _merged(pieces: Iterable[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-    """Add the weights of the same rows; return rows with positive weights."""
-    sums: dict[int, tuple[Array, Array, float]] = {}
+def added(pieces: Iterable[tuple[Rows, Any]]) -> list[tuple[Rows, Any]]:
+    """Add the weights of the same rows, numbers or arrays; those of which nothing is left go."""
+    sums: dict[int, tuple[Rows, Any, float]] = {}
     for rows, w in pieces:
         before, most = (0.0, 0.0) if id(rows) not in sums else sums[id(rows)][1:]
         sums[id(rows)] = rows, before + w, max(most, float(np.abs(w).max(initial=0)))
-    merged = [(rows, w) for rows, w, most in sums.values() if np.abs(w).max(initial=0) > NOTHING * most]
+    return [(rows, w) for rows, w, most in sums.values() if np.abs(w).max(initial=0) > _NOTHING * most]
+
+
+def _merged(pieces: Iterable[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+    """Add the weights of the same rows; return rows with positive weights."""
+    merged = added(pieces)
     return merged if all(w.min() >= 0 for _, w in merged) else [_positive(merged)]
 
 
@@ -242,5 +248,5 @@ def _positive(pieces: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     rows, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     basis, r = np.linalg.qr(rows.T.astype(np.float64))
     values, vectors = np.linalg.eigh((r * weights) @ r.T)
-    used = values > NOTHING * max(values[-1], 0)
+    used = values > _NOTHING * max(values[-1], 0)
     return (basis @ vectors[:, used]).T.astype(np.float32), values[used]

@@ -202,7 +202,7 @@ class OutputAccumulator:
         y = real @ self._weights
         y += residual_error
         if isinstance(self._cross, RowProduct):
-            self._cross = self._cross + RowProduct(((np.array(quantized, np.float32), y, weight),))
+            self._cross = self._cross + RowProduct.of(np.array(quantized, np.float32), y, weight)
         else:
             self._cross += weighted(quantized.T @ y, weight)
         self._total += weighted(y.sum(axis=0, dtype=np.float64), weight)
@@ -214,10 +214,11 @@ class OutputAccumulator:
         n, cross = self._rows or 1.0, self._cross
         self._cross = np.zeros((0, 0))
         if isinstance(cross, RowProduct):
-            return TargetMoments(1 / n * cross, self._total / n, self._power / n, whole_rows(self._rows))
-        cross /= n
-        kept: Array = cross.astype(gram_type(len(cross)), copy=False)
-        return TargetMoments(kept, self._total / n, self._power / n, whole_rows(self._rows))
+            cross = 1 / n * cross
+        else:
+            cross /= n
+            cross = cross.astype(gram_type(len(cross)), copy=False)
+        return TargetMoments(cross, self._total / n, self._power / n, whole_rows(self._rows))
 
 
 class GroupSums:

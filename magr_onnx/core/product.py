@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.gram import NOTHING, Array
+from magr_onnx.core.gram import Array, added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,34 +40,33 @@ class RowProduct:
     """A product ``X^T diag(w) Y (K, N)`` of few rows, of which columns are computed as they are needed.
 
     Attributes:
-        pieces: Rows ``X (n, K)`` and ``Y (n, N)`` float32, and the weight of all of them; sums share the arrays.
+        pieces: Rows ``X (n, K)`` and ``Y (n, N)`` float32, and the weight of all of them; sums share the rows.
     """
 
-    pieces: tuple[tuple[Array, Array, float], ...]
+    pieces: tuple[tuple[tuple[Array, Array], float], ...]
+
+    @staticmethod
+    def of(x: Array, y: Array, weight: float = 1.0) -> RowProduct:
+        """Return the product of rows ``(n, K)`` and ``(n, N)``."""
+        return RowProduct((((x, y), weight),))
 
     @staticmethod
     def zeros(k: int, n: int) -> RowProduct:
         """Return the product of no rows."""
-        return RowProduct(((np.zeros((0, k), np.float32), np.zeros((0, n), np.float32), 0.0),))
+        return RowProduct.of(np.zeros((0, k), np.float32), np.zeros((0, n), np.float32), 0.0)
 
     def __getitem__(self, index: tuple[slice, slice | npt.NDArray[np.intp]]) -> Array:
         rows, columns = index
-        (x, y, w), *others = self.pieces
-        result: Array = (x[:, rows].T @ y[:, columns]).astype(np.float64)
-        result *= w
-        for x, y, w in others:
-            result += w * (x[:, rows].T @ y[:, columns])
-        return result
+        first, *others = (w * (x[:, rows].T @ y[:, columns]).astype(np.float64) for (x, y), w in self.pieces)
+        for other in others:
+            first += other
+        return first
 
     def __rmul__(self, scale: float) -> RowProduct:
-        return RowProduct(tuple((x, y, scale * w) for x, y, w in self.pieces))
+        return RowProduct(tuple((rows, scale * w) for rows, w in self.pieces))
 
     def __add__(self, other: RowProduct) -> RowProduct:
         """Add the weights of the same rows; those of which nothing is left go."""
-        sums: dict[int, tuple[Array, Array, float, float]] = {}
-        for x, y, w in (*self.pieces, *other.pieces):
-            *_, before, most = sums.get(id(x), (0.0, 0.0))
-            sums[id(x)] = x, y, before + w, max(most, abs(w))
-        left = [(x, y, w) for x, y, w, most in sums.values() if abs(w) > NOTHING * most]
-        x, y, _ = self.pieces[0]
+        (x, y), _ = self.pieces[0]
+        left = added((*self.pieces, *other.pieces))
         return RowProduct(tuple(left)) if left else RowProduct.zeros(x.shape[1], y.shape[1])

@@ -31,14 +31,15 @@ def rewrite(model: ir.Model, operators: Collection[str]) -> list[str]:
     """
     if operators:
         _drop_casts(model)
-    found = list(_find(model, operators))
+    found, before = list(_find(model, operators)), _opset(model)
     for target in sorted({OPSETS[each.operator] for each in found}, reverse=True):
         raise_opset_if_possible(model, target)
         if _opset(model) >= target:
             break
-    found = [each for each in _find(model, operators) if OPSETS[each.operator] <= _opset(model)]  # conversion makes other nodes
+    if _opset(model) != before:  # conversion makes other nodes
+        found = list(_find(model, operators))
     replaced: dict[ir.Value, ir.Value] = {}
-    nodes = [_replace(model.graph, each, replaced) for each in found]
+    nodes = [_replace(model.graph, each, replaced) for each in found if OPSETS[each.operator] <= _opset(model)]
     if not nodes:
         return []
     RemoveUnusedNodesPass()(model)

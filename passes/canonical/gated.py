@@ -20,7 +20,8 @@ import onnx_ir as ir
 from magr_onnx.passes.canonical.compound import Compound
 from magr_onnx.passes.canonical.norms import number
 from magr_onnx.passes.canonical.rewriter import RewriteContext
-from magr_onnx.passes.graph.nodes import operand, operator_of
+from magr_onnx.passes.graph.constants import clip_bounds
+from magr_onnx.passes.graph.nodes import operator_of
 
 Polynomial = dict[tuple[int, int], float]
 """Coefficients by the exponents of x and of g."""
@@ -30,7 +31,6 @@ TOLERANCE = 2e-4
 MOST_NODES = 12
 """Between x and the gate, and between the gate and the result."""
 _TANH = math.sqrt(2 / math.pi)
-_BOUNDS = ((1, "min"), (2, "max"))  # of a Clip, attributes before opset 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,7 @@ def _is_gate(value: ir.Value, kind: str) -> bool:
     if node is None or operator_of(node) != kind:
         return False
     if kind == "Clip":
-        bounds = [node.attributes.get_float(name) if name in node.attributes else number(operand(node, i)) for i, name in _BOUNDS]
-        return bounds == [0, 6]
+        return clip_bounds(node) == (0, 6)
     if kind == "HardSigmoid":
         alpha, beta = (node.attributes.get_float(name, default) for name, default in (("alpha", 0.2), ("beta", 0.5)))
         return abs(alpha * 6 - 1) < TOLERANCE and beta == 0.5

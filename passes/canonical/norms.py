@@ -52,9 +52,9 @@ def _plain(node: ir.Node, context: RewriteContext, operators: Collection[str]) -
     normalized: ir.Node | None = node
     shift, gain = None, None
     if operator_of(node) == "Add" and (taken := _with_vector(node)) is not None:
-        normalized, shift = _producer(taken[0], context), taken[1]
+        normalized, shift = _producer(taken[0]), taken[1]
     if normalized is not None and operator_of(normalized) == "Mul" and (taken := _with_vector(normalized)) is not None:
-        normalized, gain = _producer(taken[0], context), taken[1]
+        normalized, gain = _producer(taken[0]), taken[1]
     found = None if normalized is None else _normalized(normalized, context)
     if found is None:
         return None
@@ -68,22 +68,22 @@ def _plain(node: ir.Node, context: RewriteContext, operators: Collection[str]) -
 def _of_tensorflow(node: ir.Node, context: RewriteContext, operators: Collection[str]) -> Compound | None:
     """Return a norm ``x r + (shift - mean r)`` from its sum."""
     for first, second in ((0, 1), (1, 0)):
-        scaled, rest = (_producer(operand(node, i), context) for i in (first, second))
+        scaled, rest = (_producer(operand(node, i)) for i in (first, second))
         if operator_of(node) != "Add" or scaled is None or rest is None or (operator_of(scaled), operator_of(rest)) != ("Mul", "Sub"):
             continue
-        shift, product = _constant(operand(rest, 0), None), _producer(operand(rest, 1), context)
+        shift, product = _constant(operand(rest, 0), None), _producer(operand(rest, 1))
         if shift is None or product is None or operator_of(product) != "Mul":
             continue
         for x, r in (scaled.inputs, scaled.inputs[::-1]):
             means = [v for v in product.inputs if v is not r]
-            factor = _producer(r, context)
+            factor = _producer(r)
             taken = None if factor is None or operator_of(factor) != "Mul" else _with_vector(factor)
             found = None if taken is None else _inverse_root(taken[0], context)
             if found is None or taken is None or len(means) != 1 or x is None:
                 continue
             d, epsilon = found
-            if _mean_of(means[0], context) is _centred(d, context) is _original(x, context):
-                return _compound(node, _original(x, context), epsilon, (taken[1], shift), context, operators, centred=True)
+            if _mean_of(means[0], context) is _centred(d, context) is _original(x):
+                return _compound(node, _original(x), epsilon, (taken[1], shift), context, operators, centred=True)
     return None
 
 
@@ -116,14 +116,14 @@ def _normalized(node: ir.Node, context: RewriteContext) -> tuple[ir.Value, float
     for i, j in pairs:
         d, other = operand(node, i), operand(node, j)
         found = _root(other, context) if kind == "Div" else _inverse_root(other, context)
-        if d is not None and found is not None and _same(d, found[0], context):
+        if d is not None and found is not None and _same(d, found[0]):
             return found
     return None
 
 
 def _inverse_root(value: ir.Value | None, context: RewriteContext) -> tuple[ir.Value, float] | None:
     """Return ``d`` and ``eps`` of ``1 / sqrt(mean(d^2) + eps)``."""
-    node = _producer(value, context)
+    node = _producer(value)
     if node is None:
         return None
     kind = operator_of(node)
@@ -136,7 +136,7 @@ def _inverse_root(value: ir.Value | None, context: RewriteContext) -> tuple[ir.V
 
 def _root(value: ir.Value | None, context: RewriteContext) -> tuple[ir.Value, float] | None:
     """Return ``d`` and ``eps`` of ``sqrt(mean(d^2) + eps)``."""
-    node = _producer(value, context)
+    node = _producer(value)
     if node is None:
         return None
     is_root = operator_of(node) == "Sqrt" or (operator_of(node) == "Pow" and number(operand(node, 1)) == 0.5)
@@ -145,43 +145,43 @@ def _root(value: ir.Value | None, context: RewriteContext) -> tuple[ir.Value, fl
 
 def _variance(value: ir.Value | None, context: RewriteContext) -> tuple[ir.Value, float] | None:
     """Return ``d`` and ``eps`` of ``mean(d^2) + eps``."""
-    node = _producer(value, context)
+    node = _producer(value)
     if node is None or operator_of(node) != "Add":
         return None
     for mean, constant in (node.inputs, node.inputs[::-1]):
         epsilon, squares = number(constant), _mean_of(mean, context)
-        square = _producer(squares, context)
+        square = _producer(squares)
         if epsilon is not None and square is not None and is_square(square) and square.inputs[0] is not None:
-            return _original(square.inputs[0], context), epsilon
+            return _original(square.inputs[0]), epsilon
     return None
 
 
 def _centred(d: ir.Value, context: RewriteContext) -> ir.Value | None:
     """Return ``x`` of ``d = x - mean(x)``."""
-    node = _producer(d, context)
+    node = _producer(d)
     if node is None or operator_of(node) != "Sub":
         return None
     x = operand(node, 0)
-    return None if x is None or _mean_of(operand(node, 1), context) is not _original(x, context) else _original(x, context)
+    return None if x is None or _mean_of(operand(node, 1), context) is not _original(x) else _original(x)
 
 
 def _mean_of(value: ir.Value | None, context: RewriteContext) -> ir.Value | None:
     """Return what a value is the mean of over the last axis, which stays."""
-    node = _producer(value, context)
+    node = _producer(value)
     if node is None or operator_of(node) != "ReduceMean" or not node.attributes.get_int("keepdims", 1):
         return None
     x, axes = operand(node, 0), ints(node, "axes", 1)
     if x is None or axes is None or len(axes) != 1:
         return None
     shape = context.shape(x)
-    return _original(x, context) if axes[0] == -1 or (shape is not None and axes[0] == len(shape) - 1) else None
+    return _original(x) if axes[0] == -1 or (shape is not None and axes[0] == len(shape) - 1) else None
 
 
-def _same(a: ir.Value, b: ir.Value, context: RewriteContext) -> bool:
+def _same(a: ir.Value, b: ir.Value) -> bool:
     """Whether two values are one, or differences of the same values: some exporters subtract the mean twice."""
-    first, second = _producer(a, context), _producer(b, context)
-    if _original(a, context) is _original(b, context) or first is None or second is None:
-        return _original(a, context) is _original(b, context)
+    first, second = _producer(a), _producer(b)
+    if _original(a) is _original(b) or first is None or second is None:
+        return _original(a) is _original(b)
     return operator_of(first) == operator_of(second) == "Sub" and all(v is w for v, w in zip(first.inputs, second.inputs, strict=True))
 
 
@@ -194,16 +194,13 @@ def _with_vector(node: ir.Node) -> tuple[ir.Value, Array] | None:
     return None
 
 
-def _producer(value: ir.Value | None, context: RewriteContext) -> ir.Node | None:
+def _producer(value: ir.Value | None) -> ir.Node | None:
     """Return the node that computes a value, past copies."""
-    return None if value is None else _original(value, context).producer()
+    return None if value is None else _original(value).producer()
 
 
-def _original(value: ir.Value, context: RewriteContext) -> ir.Value:
-    """Return what a value is a copy of, also by a Cast of float32 to itself."""
-    while (node := value.producer()) is not None and (source := operand(node, 0)) is not None:
-        to, kind = node.attributes.get_int("to", 0), operator_of(node)
-        if kind != "Identity" and (kind != "Cast" or to != ir.DataType.FLOAT or context.dtype(source) != ir.DataType.FLOAT):
-            break
-        value = source
+def _original(value: ir.Value) -> ir.Value:
+    """Return what a value is a copy of."""
+    while (node := value.producer()) is not None and operator_of(node) == "Identity" and node.inputs[0] is not None:
+        value = node.inputs[0]
     return value

@@ -18,17 +18,15 @@ from magr_onnx.core.activation_ranges import FINITE
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.int32_bias import bias_codes
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.passes.graph.constants import constant_array, fixed_array, replace_input
+from magr_onnx.passes.graph.constants import clip_bounds, constant_array, fixed_array, replace_input
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import insert_behind, only_use, operand
-from magr_onnx.passes.tensors.region import SOFTMAX, Region, SharedGrid, clip_bounds
+from magr_onnx.passes.tensors.region import SOFTMAX, Region, SharedGrid
 from magr_onnx.passes.tensors.rules import Rules
 from magr_onnx.passes.tensors.widths import Conversion
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose constants are weights, which other emitters write."""
-SIZED = ("Resize", "Upsample")
-"""Operators whose constants are regions and scales, which are no values."""
 NORMALIZATIONS = ("InstanceNormalization", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
@@ -119,13 +117,11 @@ def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
             continue
         rounded = [value.producer() for value in node.inputs if value is not None and is_rounded(value)]
         if rounded:
-            of_node = replace(kind, bits=_bits(rounded[0]))
-            for index, value in enumerate(node.inputs):
+            of_node, least = replace(kind, bits=_bits(rounded[0])), -_span_of_scores(node)
+            for index, value in enumerate(node.inputs[: 1 if node.op_type == "Resize" else None]):  # the others are no values
                 array = fixed_array(value)
-                if node.op_type in SIZED and index:
-                    break
                 if array is not None and array.dtype == np.float32 and array.size and not np.isnan(array).any():
-                    round_constant(graph, node, index, np.maximum(array, -_span_of_scores(node)), of_node)
+                    round_constant(graph, node, index, np.maximum(array, least), of_node)
 
 
 def _span_of_scores(node: ir.Node) -> float:

@@ -180,6 +180,15 @@ def fixed_array(value: ir.Value | None) -> Tensor | None:
     return None if view is None or view.overridable else view.tensor().numpy()
 
 
+def clip_bounds(clip: ir.Node) -> tuple[float, float]:
+    """Return the bounds of a Clip; NaN for what is known at run time only."""
+    low, high = (
+        default if (value := operand(clip, i)) is None else math.nan if (bound := fixed_array(value)) is None else bound.item()
+        for i, default in ((1, -math.inf), (2, math.inf))
+    )
+    return float(low), float(high)
+
+
 def source_of(value: ir.Value) -> ir.Value:
     """Return the first value of the chain of nodes that `constant_view` folds."""
     while (node := value.producer()) is not None and is_step(node) and node.inputs[0] is not None:

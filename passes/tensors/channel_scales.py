@@ -27,10 +27,10 @@ import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, Array
+from magr_onnx.passes.graph.constants import clip_bounds
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.passes.tensors.connected import connected
-from magr_onnx.passes.tensors.region import clip_bounds
 
 LARGEST = 100.0  # of the scales of a class, relative to the least
 LEAST_HEADROOM, MOST_HEADROOM = 1.1, 1.4

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.constants import fixed_array
-from magr_onnx.passes.graph.nodes import only_use, operand
+from magr_onnx.passes.graph.constants import clip_bounds
+from magr_onnx.passes.graph.nodes import only_use
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.rules import Rules
 
@@ -67,8 +67,9 @@ class Region:
             makers = [made[value] for value in values if value in made]
             limits, exact = {(unit.low, unit.high) for unit in makers}, {unit.exact for unit in makers}
             low, high = limits.pop() if len(limits) == 1 else (-math.inf, math.inf)
-            masks = () if _are_scores(values) else _masked_by(values, made)
-            grids.append(SharedGrid(tuple(values), low, high, exact.pop() if len(exact) == 1 else None, _are_scores(values), masks))
+            scores = _are_scores(values)
+            masks = () if scores else _masked_by(values, made)
+            grids.append(SharedGrid(tuple(values), low, high, exact.pop() if len(exact) == 1 else None, scores, masks))
         return Region(tuple(grids), tuple(units))
 
 
@@ -161,12 +162,3 @@ def _behind_activation(value: ir.Value, rules: Rules) -> tuple[ir.Value, float, 
         return value, -math.inf, math.inf
     low, high = (0.0, math.inf) if reader.op_type == "Relu" else clip_bounds(reader)
     return (reader.outputs[0], low, high) if low == 0 < high else (value, -math.inf, math.inf)
-
-
-def clip_bounds(clip: ir.Node) -> tuple[float, float]:
-    """Return the bounds of a Clip; NaN for what is known at run time only."""
-    low, high = (
-        default if (value := operand(clip, i)) is None else math.nan if (bound := fixed_array(value)) is None else bound.item()
-        for i, default in ((1, -math.inf), (2, math.inf))
-    )
-    return float(low), float(high)

@@ -14,42 +14,11 @@ from magr_onnx.passes.graph.constants import constant_view
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.tensors.region import Region, Unit
-from magr_onnx.passes.tensors.rules import Rules
+from magr_onnx.passes.tensors.rules import Rules, operators
 
-_ARITHMETIC = frozenset(
-    [
-        "Abs",
-        "Add",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Div",
-        "Exp",
-        "Expand",
-        "Floor",
-        "Identity",
-        "Log",
-        "MatMul",
-        "Max",
-        "Min",
-        "Mul",
-        "Neg",
-        "Pow",
-        "Range",
-        "Reciprocal",
-        "Reshape",
-        "Round",
-        "Slice",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
+_ARITHMETIC = operators(
+    "Abs Add Cast Ceil Clip Concat CumSum Div Exp Expand Floor Identity Log MatMul Max Min Mul Neg Pow Range Reciprocal Reshape Round "
+    "ScatterElements ScatterND Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where"
 )
 
 

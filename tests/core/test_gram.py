@@ -273,13 +273,13 @@ def test_products_of_few_rows_add_up_without_matrices() -> None:
     """They are those of the matrices, and what is taken away leaves what there would have been without it."""
     x, y = activations(30, WIDE).astype(np.float32), activations(30, 12, 3).astype(np.float32)
     exact = x.astype(np.float64).T @ y
-    first, second = RowProduct(((x[:20], y[:20], 1.0),)), RowProduct(((x[20:], y[20:], 0.5),))
+    first, second = RowProduct.of(x[:20], y[:20]), RowProduct.of(x[20:], y[20:], 0.5)
     both = RowProduct.zeros(WIDE, 12) + 2.0 * (first + 2 * second)
     columns = np.array([1, 5, 7])
     np.testing.assert_allclose(both[:, :], 2 * exact, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(both[:100, columns], 2 * exact[:100, columns], rtol=1e-4, atol=1e-4)
     left = both + -4.0 * second
-    assert [len(rows) for rows, _, _ in left.pieces] == [20]
+    assert [len(rows) for (rows, _), _ in left.pieces] == [20]
     np.testing.assert_array_equal(left[:, :], (2.0 * first)[:, :])
     assert (both + -1.0 * both)[:, :].shape == (WIDE, 12)
     assert not (both + -1.0 * both)[:, :].any()

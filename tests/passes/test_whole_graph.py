@@ -308,10 +308,15 @@ def test_positions_stay_float() -> None:
     index = cast(b.node("Squeeze", [logarithm, b.constant("axis", np.array([-1]))], "squeezed"), ir.DataType.INT64)
     row = b.node("Gather", [b.constant("table", random(9, 8)), index], "row")
     turned = b.node("Mul", [x, b.node("Cos", [angle])], "turned")
-    far = b.node("Mul", [cast(mask, FLOAT), b.constant("weight", np.float32(-1e4))], "far")
+    causal = b.node(
+        "Trilu", [b.node("Mul", [cast(mask, FLOAT), b.constant("all", np.float32(-1e38) * np.ones((1, 6, 6), np.float32))], "all")]
+    )
+    written = b.node("ScatterND", [causal, b.constant("at", np.array([[0, 0, 0]])), b.constant("zero", np.zeros(1, np.float32))], "written")
+    seen = cast(b.node("Add", [written, b.constant("ones", np.float32(1))], "seen"), ir.DataType.BOOL)
+    far = b.node("Mul", [cast(seen, FLOAT), b.constant("weight", np.float32(-1e4))], "far")
     scores = b.node("Add", [b.node("MatMul", [turned, b.node("Transpose", [x], perm=[0, 2, 1])]), far], "scores")
     model = b.model_of([b.node("Add", [b.node("MatMul", [b.node("Softmax", [scores]), x], "mixed"), row], "y")])
     region = whole_graph(model.graph, [], QNN, inferred_types(model))
     rounded = {unit.node.name for unit in region.units}
     assert {"turned", "far", "scores", "mixed", "y"} <= rounded
-    assert not {"angle", "shifted", "logarithm", "squeezed"} & rounded
+    assert not {"angle", "shifted", "logarithm", "squeezed", "all", "seen"} & rounded
