@@ -58,9 +58,10 @@ class Edges:
     narrow: int | None
 
     @property
-    def groups(self) -> set[SharedGrid]:
-        """What decides the width of the operator."""
-        return {*(group for index, group in self.reads.items() if index != self.narrow), *(group for _, group in self.makes)}
+    def groups(self) -> Collection[SharedGrid]:
+        """What decides the width of the operator, in an order that is the same in every run: of equal choices the first is taken."""
+        read = (group for index, group in self.reads.items() if index != self.narrow)
+        return dict.fromkeys((*read, *(group for _, group in self.makes)))
 
     def is_wide(self, wide: Collection[SharedGrid]) -> bool:
         """Whether the operator has 16 bits, where some values have."""

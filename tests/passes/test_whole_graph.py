@@ -141,6 +141,18 @@ def test_16_bits_go_to_values_whose_rounding_costs_most_within_a_share_of_the_wo
     assert {name for group in may_be_wide(edges) for name in (str(v.name) for v in group.values)}.isdisjoint({"k", "turned"})
 
 
+def test_choices_come_in_the_same_order_in_every_run() -> None:
+    """Of equal choices the first is taken, which must not depend on where objects are in memory."""
+    orders = []
+    for _ in range(5):
+        found = attention()
+        whole = region(found, QNN)
+        groups = may_be_wide(edges_of(whole.units, tensors.mark(found.graph, whole), QNN))
+        orders.append([str(group.values[0].name) for group in groups])
+    assert len(orders[0]) > 5
+    assert orders == [orders[0]] * len(orders)
+
+
 def test_fed_grids_round_as_the_written_ones() -> None:
     found = attention()
     whole = region(found, QNN)
